@@ -1,0 +1,320 @@
+//! Clusters of real `sheep` processes on 127.0.0.1, and `dog` to talk to them.
+
+use crate::{Client, Disk, Lab, PATIENCE, Process, binary, eventually, run};
+use rustix::process::Signal;
+use serde_json::Value;
+use std::net::{TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::ExitStatus;
+
+struct Node {
+    port: u16,
+    dir: PathBuf,
+    log: PathBuf,
+    process: Option<Process>,
+}
+
+/// Some nodes, running or not. Dropping it kills them all.
+pub struct Cluster {
+    nodes: Vec<Node>,
+    sockets: PathBuf,
+}
+
+/// A command that was refused.
+#[derive(Debug)]
+pub struct Failure {
+    /// 1 failed, 2 usage.
+    pub code: i32,
+    /// What it said.
+    pub message: String,
+}
+
+/// An export of a volume.
+#[derive(Clone, Debug)]
+pub struct Export {
+    /// Name of the volume, which is also the NBD export name.
+    pub volume: String,
+    /// Its Unix socket.
+    pub socket: PathBuf,
+}
+
+impl Export {
+    /// As fio, qemu-img and libnbd want it.
+    pub fn uri(&self) -> String {
+        format!("nbd+unix:///{}?socket={}", self.volume, self.socket.display())
+    }
+
+    /// An own NBD connection; waits for the server if it is still coming up.
+    pub fn connect(&self) -> Client {
+        eventually(&format!("an NBD connection to {}", self.volume), PATIENCE, || {
+            Client::connect(&self.socket, &self.volume).ok()
+        })
+    }
+
+    /// For a guest.
+    pub fn nbd_disk(&self) -> Disk {
+        Disk::Nbd(self.socket.clone(), self.volume.clone())
+    }
+
+    /// For a guest.
+    pub fn vhost_disk(&self) -> Disk {
+        Disk::VhostUser(self.socket.clone())
+    }
+}
+
+impl Cluster {
+    /// Starts `count` nodes, the others joining the first, and waits until all are one healthy cluster.
+    pub fn start(lab: &Lab, count: usize) -> Self {
+        let mut cluster = Self { nodes: Vec::new(), sockets: lab.path("") };
+        for _ in 0..count {
+            cluster.add_node(lab);
+        }
+        cluster.wait_healthy();
+        cluster
+    }
+
+    /// Starts one more node and waits for its port; returns its index.
+    pub fn add_node(&mut self, lab: &Lab) -> usize {
+        let index = self.nodes.len();
+        let name = format!("node{index}");
+        let [port] = free_ports();
+        self.nodes.push(Node { port, dir: lab.path(&name), log: lab.log(&name), process: None });
+        let join = (index > 0).then(|| self.address(0));
+        self.launch(index, join);
+        self.wait_listening(index);
+        index
+    }
+
+    fn launch(&mut self, index: usize, join: Option<String>) {
+        let node = &mut self.nodes[index];
+        assert!(node.process.is_none(), "node {index} runs already");
+        let mut args = vec!["--dir".to_owned(), node.dir.display().to_string()];
+        args.extend(["--listen".into(), format!("127.0.0.1:{}", node.port)]);
+        if let Some(join) = join {
+            args.extend(["--join".into(), join]);
+        }
+        node.process = Some(Process::start(&binary("sheep"), args, &node.log, None));
+    }
+
+    /// Waits until the node accepts connections.
+    pub fn wait_listening(&mut self, index: usize) {
+        let node = &mut self.nodes[index];
+        let address = ("127.0.0.1", node.port);
+        eventually(&format!("node {index} to listen"), PATIENCE, || {
+            let ended = node.process.as_mut().and_then(Process::ended);
+            assert!(ended.is_none(), "node {index} ended: {ended:?}");
+            TcpStream::connect(address).ok().map(drop)
+        });
+    }
+
+    /// Number of nodes, running or not.
+    pub fn len(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// Whether there are no nodes.
+    pub fn is_empty(&self) -> bool {
+        self.nodes.is_empty()
+    }
+
+    /// `127.0.0.1:PORT` of a node.
+    pub fn address(&self, index: usize) -> String {
+        format!("127.0.0.1:{}", self.nodes[index].port)
+    }
+
+    /// The directory of a node.
+    pub fn dir(&self, index: usize) -> &std::path::Path {
+        &self.nodes[index].dir
+    }
+
+    /// The process of a running node.
+    pub fn process(&self, index: usize) -> &Process {
+        let process = self.nodes[index].process.as_ref();
+        process.unwrap_or_else(|| panic!("node {index} does not run"))
+    }
+
+    fn running(&self) -> impl Iterator<Item = usize> {
+        (0..self.nodes.len()).filter(|i| self.nodes[*i].process.is_some())
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self, index: usize) {
+        let process = self.nodes[index].process.take();
+        process.unwrap_or_else(|| panic!("node {index} does not run")).kill();
+    }
+
+    /// SIGKILL to all running nodes; none has time to see another one die.
+    pub fn kill_all(&mut self) {
+        for index in self.running().collect::<Vec<_>>() {
+            self.process(index).signal(Signal::KILL);
+        }
+        for node in &mut self.nodes {
+            node.process = None;
+        }
+    }
+
+    /// SIGSTOP.
+    pub fn freeze(&self, index: usize) {
+        self.process(index).signal(Signal::STOP);
+    }
+
+    /// SIGCONT.
+    pub fn thaw(&self, index: usize) {
+        self.process(index).signal(Signal::CONT);
+    }
+
+    /// SIGTERM; returns how it ended.
+    pub fn terminate(&mut self, index: usize) -> ExitStatus {
+        self.process(index).signal(Signal::TERM);
+        let process = self.nodes[index].process.take();
+        let mut process = process.unwrap_or_else(|| panic!("node {index} does not run"));
+        process.wait(PATIENCE)
+    }
+
+    /// Starts a node again on its directory and waits for its port.
+    pub fn restart(&mut self, index: usize) {
+        self.launch(index, None);
+        self.wait_listening(index);
+    }
+
+    /// `dog --node N --json ARGS`: the JSON it printed, or how it failed.
+    pub fn try_dog(&self, index: usize, args: &[&str]) -> Result<Value, Failure> {
+        let address = self.address(index);
+        let mut all = vec!["--node", &address, "--json"];
+        all.extend(args);
+        let done = run(binary("dog"), &all, PATIENCE);
+        if done.code != Some(0) {
+            let code = done.code.unwrap_or_else(|| panic!("dog {args:?} died: {}", done.stderr));
+            return Err(Failure { code, message: done.stderr });
+        }
+        if done.stdout.trim().is_empty() {
+            return Ok(Value::Null);
+        }
+        let json = serde_json::from_str(&done.stdout);
+        Ok(json.unwrap_or_else(|e| panic!("dog {args:?} printed no JSON ({e}): {}", done.stdout)))
+    }
+
+    /// As [`Cluster::try_dog`]; must succeed.
+    pub fn dog(&self, index: usize, args: &[&str]) -> Value {
+        let result = self.try_dog(index, args);
+        result.unwrap_or_else(|f| panic!("dog {args:?} at node {index}: {} {}", f.code, f.message))
+    }
+
+    /// As [`Cluster::try_dog`]; must be refused with a message.
+    pub fn dog_refused(&self, index: usize, args: &[&str]) -> Failure {
+        match self.try_dog(index, args) {
+            Ok(json) => panic!("dog {args:?} was not refused: {json}"),
+            Err(failure) => {
+                check_message(&format!("dog {args:?}"), &failure);
+                failure
+            }
+        }
+    }
+
+    /// Waits until every running node reports the cluster healthy, with all running nodes up.
+    pub fn wait_healthy(&self) {
+        self.wait_status("ok");
+    }
+
+    /// Waits until every running node reports this status and as many nodes up as there are running.
+    pub fn wait_status(&self, status: &str) {
+        let running: Vec<_> = self.running().collect();
+        for index in &running {
+            let mut last = String::new();
+            let what = format!("status {status} at node {index}");
+            let begin = std::time::Instant::now();
+            eventually(&what, 2 * PATIENCE, || {
+                let health = self.try_dog(*index, &["cluster", "health"]);
+                let nodes = self.try_dog(*index, &["node", "list"]);
+                let up = nodes
+                    .as_ref()
+                    .ok()
+                    .and_then(Value::as_array)
+                    .map(|list| list.iter().filter(|n| n["state"] == "up").count());
+                last = format!("{health:?}, {up:?} of {} up", running.len());
+                let reached = health.is_ok_and(|h| h["status"] == status);
+                if begin.elapsed() + std::time::Duration::from_secs(1) > 2 * PATIENCE {
+                    eprintln!("last seen: {last}");
+                }
+                (reached && up == Some(running.len())).then_some(())
+            });
+        }
+    }
+
+    /// The current epoch as a node sees it.
+    pub fn epoch(&self, index: usize) -> u64 {
+        let health = self.dog(index, &["cluster", "health"]);
+        health["epoch"].as_u64().unwrap_or_else(|| panic!("no epoch in {health}"))
+    }
+
+    /// Index of the node that leads the cluster log.
+    pub fn leader(&self) -> usize {
+        let any = self.running().next().unwrap_or_else(|| panic!("no node runs"));
+        eventually("a leader", PATIENCE, || {
+            let info = self.try_dog(any, &["cluster", "info"]).ok()?;
+            let nodes = self.try_dog(any, &["node", "list"]).ok()?;
+            let leader = &info["leader"];
+            let list = nodes.as_array()?;
+            let node = list.iter().find(|n| &n["id"] == leader || &n["address"] == leader)?;
+            (0..self.nodes.len()).find(|i| node["address"] == self.address(*i))
+        })
+    }
+
+    /// Creates a volume of `size` (as `dog` takes it).
+    pub fn create(&self, name: &str, size: &str, copies: u32) {
+        let copies = copies.to_string();
+        self.dog(0, &["volume", "create", name, size, "--copies", &copies]);
+    }
+
+    /// Exports a volume over NBD at a node.
+    pub fn export_nbd(&self, index: usize, volume: &str) -> Export {
+        self.export(index, volume, "nbd")
+    }
+
+    /// Exports a volume over vhost-user-blk at a node.
+    pub fn export_vhost(&self, index: usize, volume: &str) -> Export {
+        self.export(index, volume, "vhost-user")
+    }
+
+    /// Where [`Cluster::export_nbd`] and its kind put the socket.
+    pub fn socket(&self, index: usize, volume: &str, protocol: &str) -> PathBuf {
+        self.sockets.join(format!("{volume}-{index}.{protocol}"))
+    }
+
+    fn export(&self, index: usize, volume: &str, protocol: &str) -> Export {
+        let socket = self.socket(index, volume, protocol);
+        let path = socket.display().to_string();
+        self.dog(index, &["export", "add", volume, &format!("--{protocol}"), &path]);
+        eventually("the export's socket", PATIENCE, || socket.exists().then_some(()));
+        Export { volume: volume.to_owned(), socket }
+    }
+
+    /// Removes all exports of a volume at a node.
+    pub fn unexport(&self, index: usize, volume: &str) {
+        self.dog(index, &["export", "remove", volume]);
+    }
+
+    /// `attached_to` of a volume.
+    pub fn attached_to(&self, index: usize, volume: &str) -> Option<String> {
+        let list = self.dog(index, &["volume", "list"]);
+        let found = list.as_array().and_then(|l| l.iter().find(|v| v["name"] == volume));
+        let found = found.unwrap_or_else(|| panic!("no volume {volume} in {list}"));
+        found["attached_to"].as_str().map(str::to_owned)
+    }
+}
+
+/// A refusal has exit code 1 or 2, says something, and is not a crash.
+pub(crate) fn check_message(what: &str, failure: &Failure) {
+    let Failure { code, message } = failure;
+    assert!(*code == 1 || *code == 2, "{what}: exit code {code}: {message}");
+    assert!(message.trim().len() > 10, "{what}: no message worth the name: {message:?}");
+    assert!(!message.contains("panicked"), "{what}: panicked: {message}");
+}
+
+/// Ports nobody listens on right now.
+fn free_ports<const N: usize>() -> [u16; N] {
+    let held = [(); N].map(|()| {
+        TcpListener::bind(("127.0.0.1", 0)).unwrap_or_else(|e| panic!("no free port: {e}"))
+    });
+    held.map(|l| l.local_addr().map(|a| a.port()).unwrap_or_else(|e| panic!("no port: {e}")))
+}
