@@ -177,6 +177,14 @@ impl Cluster {
         self.wait_listening(index);
     }
 
+    /// SIGTERM, which must be a clean stop, then a start; waits for health.
+    pub fn restart_after_stop(&mut self, index: usize) {
+        let status = self.terminate(index);
+        assert!(status.success(), "node {index} did not stop cleanly: {status}");
+        self.restart(index);
+        self.wait_healthy();
+    }
+
     /// `dog --node N --json ARGS`: the JSON it printed, or how it failed.
     pub fn try_dog(&self, index: usize, args: &[&str]) -> Result<Value, Failure> {
         let address = self.address(index);

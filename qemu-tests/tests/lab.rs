@@ -77,9 +77,9 @@ fn fio_verifies_and_shows_progress() {
     let lab = Lab::new("lab-fio");
     let server = StorageDaemon::start(&lab, &lab.path("disk.raw"), false);
     let uri = format!("nbd+unix:///disk?socket={}", server.socket().display());
-    let mut fio = Fio::start(&lab, "fio", &uri, 16, 2000);
+    let mut fio = Fio::start(&lab, "fio", &uri, 32, 2000);
     fio.wait_for_percent(20.0);
     let result = fio.finish(PATIENCE);
-    assert_eq!(result.writes, 4096);
+    assert_eq!(result.writes, 8192);
     assert!(!result.longest.0.is_zero() && !result.longest.1.is_zero(), "{result:?}");
 }

@@ -1,0 +1,56 @@
+//! I1: a node that was away catches up before its word counts: after it is back, another node may die.
+
+use sheepdog_qemu_tests::{Cluster, Lab, Scribe, seed};
+
+#[test]
+fn data_stays_right_while_nodes_go_and_come() {
+    let lab = Lab::new("rejoin");
+    let mut cluster = Cluster::start(&lab, 3);
+    cluster.dog(0, &["volume", "create", "disk", "32M", "--copies", "3", "--min-copies", "2"]);
+    let export = cluster.export_nbd(0, "disk");
+    let mut client = export.connect();
+    let mut scribe = Scribe::new(seed(), 2048);
+    for _ in 0..20 {
+        scribe.write(&mut client, 32);
+    }
+    for victim in [1, 2, 1] {
+        cluster.kill(victim);
+        // What the victim misses: old blocks again, and new ones.
+        for _ in 0..20 {
+            scribe.write(&mut client, 32);
+        }
+        scribe.flush(&mut client);
+        cluster.restart(victim);
+        cluster.wait_healthy();
+    }
+    // Whoever is left beside the gateway must have everything, also when the gateway's own copy is gone.
+    drop(client);
+    cluster.unexport(0, "disk");
+    cluster.kill(0);
+    let mut client = cluster.export_nbd(1, "disk").connect();
+    let looked_at = scribe.verify(&mut client);
+    assert!(looked_at > 1000, "{looked_at}");
+}
+
+#[test]
+fn below_min_copies_writes_wait_and_then_go_on() {
+    let lab = Lab::new("rejoin-min-copies");
+    let mut cluster = Cluster::start(&lab, 4);
+    cluster.dog(0, &["volume", "create", "disk", "8M", "--copies", "3", "--min-copies", "3"]);
+    let export = cluster.export_nbd(0, "disk");
+    let mut client = export.connect();
+    let mut scribe = Scribe::new(seed(), 1024);
+    scribe.write(&mut client, 64);
+    // One of four nodes down: some slots have only two of their three replicas.
+    cluster.kill(3);
+    let in_flight = scribe.send(&mut client, 64);
+    cluster.restart(3);
+    cluster.wait_healthy();
+    for _ in 0..in_flight.len() {
+        let (_, result) = client.reply().unwrap();
+        assert!(result.is_ok(), "a waiting write failed: {result:?}");
+    }
+    scribe.write(&mut client, 64);
+    scribe.flush(&mut client);
+    scribe.verify(&mut client);
+}
