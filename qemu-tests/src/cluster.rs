@@ -312,15 +312,24 @@ impl Cluster {
 }
 
 /// A refusal has exit code 1 or 2, says something, and is not a crash.
-pub(crate) fn check_message(what: &str, failure: &Failure) {
+pub fn check_message(what: &str, failure: &Failure) {
     let Failure { code, message } = failure;
     assert!(*code == 1 || *code == 2, "{what}: exit code {code}: {message}");
     assert!(message.trim().len() > 10, "{what}: no message worth the name: {message:?}");
     assert!(!message.contains("panicked"), "{what}: panicked: {message}");
 }
 
+/// Runs `sheep` with arguments it must refuse; returns how.
+pub fn sheep_refused(args: &[&str]) -> Failure {
+    let done = run(binary("sheep"), args, PATIENCE);
+    let code = done.code.unwrap_or_else(|| panic!("sheep {args:?} died: {}", done.stderr));
+    let failure = Failure { code, message: done.stderr };
+    check_message(&format!("sheep {args:?}"), &failure);
+    failure
+}
+
 /// Ports nobody listens on right now.
-fn free_ports<const N: usize>() -> [u16; N] {
+pub fn free_ports<const N: usize>() -> [u16; N] {
     let held = [(); N].map(|()| {
         TcpListener::bind(("127.0.0.1", 0)).unwrap_or_else(|e| panic!("no free port: {e}"))
     });

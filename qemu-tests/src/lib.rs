@@ -15,7 +15,7 @@ mod process;
 mod scribe;
 mod tools;
 
-pub use cluster::{Cluster, Export, Failure};
+pub use cluster::{Cluster, Export, Failure, check_message, free_ports, sheep_refused};
 pub use guest::{Disk, Guest, GuestResult};
 pub use lab::Lab;
 pub use nbd::{Client, Command, NbdError};
