@@ -65,6 +65,7 @@ impl Fio {
             "--verify=crc32c".into(),
             "--verify_backlog=512".into(),
             "--verify_fatal=1".into(),
+            "--verify_state_save=0".into(),
             "--randseed=7".into(),
             "--thread".into(),
             "--eta=always".into(),
