@@ -7,6 +7,7 @@ macro_rules! int_newtype {
     ($(#[$doc:meta])* $name:ident($int:ty), $fmt:literal) => {
         $(#[$doc])*
         #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+        #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
         pub struct $name(pub $int);
 
         impl fmt::Display for $name {
@@ -87,6 +88,7 @@ impl Epoch {
 
 /// One 4 MiB piece of a volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct ObjectId {
     /// The volume it belongs to.
     pub volume: VolumeId,
@@ -111,6 +113,7 @@ impl fmt::Display for ObjectId {
 
 /// One layer of one object: the unit that the store keeps versions and blocks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct LayerKey {
     /// The object.
     pub object: ObjectId,
@@ -129,6 +132,7 @@ impl fmt::Display for LayerKey {
 /// Ordered by writer generation first. Within one generation the content of a version is the same
 /// on every replica (I5). `Version::NONE` is an object layer that was never written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Version {
     /// Generation of the writer.
     pub writer: WriterGen,

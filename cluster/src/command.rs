@@ -1,0 +1,317 @@
+//! Commands of the cluster log, and what the state machine answers.
+//!
+//! Encoded with postcard behind one version byte, so that a node of another release refuses an
+//! entry that it does not understand instead of misreading it.
+
+use serde::{Deserialize, Serialize};
+use sheepdog_types::{
+    ClusterId, DiskId, Epoch, MAX_VOLUME_SIZE, NodeId, VolumeId, WriterGen, format_size,
+};
+use thiserror::Error;
+
+/// Version of the command and state encoding.
+pub const LOG_VERSION: u8 = 1;
+
+/// Most copies of an object.
+pub const MAX_COPIES: usize = 8;
+/// Longest volume name, in bytes.
+pub const MAX_NAME: usize = 128;
+/// Most volumes of a cluster (I10).
+pub const MAX_VOLUMES: usize = 100_000;
+/// Most nodes of a cluster (I10).
+pub const MAX_NODES: usize = 4096;
+
+/// A disk as its node announces it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskInfo {
+    /// Its id, from its superblock.
+    pub id: DiskId,
+    /// Share of the ring: its capacity in GiB, at least 1, unless the operator set it.
+    pub weight: u64,
+}
+
+/// A node as it announces itself when it enters the cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeInfo {
+    /// Its id, from its directory.
+    pub id: NodeId,
+    /// Drawn at random by each start of the daemon.
+    pub incarnation: u64,
+    /// `IP:PORT` that peers connect to.
+    pub address: String,
+    /// Failure zone.
+    pub zone: String,
+    /// Its disks; none for a pure gateway.
+    pub disks: Vec<DiskInfo>,
+}
+
+/// What a volume is created with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeSpec {
+    /// Unique among the volumes that exist.
+    pub name: String,
+    /// Bytes, a multiple of 512.
+    pub size: u64,
+    /// Replicas of each object.
+    pub copies: u8,
+    /// Fewest replicas with which I/O goes on.
+    pub min_copies: u8,
+}
+
+/// One entry of the cluster log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Command {
+    /// Founds the cluster; the first entry of every log.
+    Found {
+        /// Its id.
+        cluster: ClusterId,
+    },
+    /// A node joins, or comes back with a new incarnation. Makes a new epoch.
+    Enter {
+        /// The node.
+        node: NodeInfo,
+        /// Wall clock of the proposer in seconds since 1970, for people.
+        at: u64,
+    },
+    /// A node lost its lease or its process is gone. Makes a new epoch.
+    Down {
+        /// The node.
+        node: NodeId,
+        /// Ignored when the node has entered again since.
+        incarnation: u64,
+        /// For people.
+        reason: String,
+        /// Wall clock of the proposer, seconds since 1970.
+        at: u64,
+    },
+    /// A disk holds everything that it must hold as of `basis`.
+    Synced {
+        /// The disk.
+        disk: DiskId,
+        /// Incarnation of its node; ignored when it has entered again since.
+        incarnation: u64,
+        /// The epoch whose placement was compared.
+        basis: Epoch,
+        /// Wall clock of the proposer, seconds since 1970.
+        at: u64,
+    },
+    /// Creates a volume.
+    CreateVolume {
+        /// Its description.
+        spec: VolumeSpec,
+        /// Wall clock of the proposer, seconds since 1970.
+        at: u64,
+    },
+    /// Deletes a volume that is not attached.
+    DeleteVolume {
+        /// Its name.
+        name: String,
+    },
+    /// Gives a volume to a gateway, with a new writer generation.
+    Attach {
+        /// Name of the volume.
+        name: String,
+        /// The gateway.
+        gateway: NodeId,
+        /// Incarnation of the gateway; refused when it is not the current one.
+        incarnation: u64,
+        /// Wall clock of the proposer, seconds since 1970.
+        at: u64,
+    },
+    /// Gives a volume back. Ignored when it was attached again since.
+    Detach {
+        /// The volume.
+        volume: VolumeId,
+        /// The generation that is given back.
+        writer: WriterGen,
+    },
+}
+
+/// What the state machine answers to a command that succeeded.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Outcome {
+    /// Done, or there was nothing to do.
+    Done,
+    /// The node is a member from this epoch on.
+    Entered {
+        /// The epoch.
+        epoch: Epoch,
+    },
+    /// The volume was created.
+    Created {
+        /// Its id.
+        volume: VolumeId,
+    },
+    /// The volume is attached.
+    Attached {
+        /// Its id.
+        volume: VolumeId,
+        /// The new writer generation.
+        writer: WriterGen,
+    },
+}
+
+/// Why a command was refused. The state is unchanged.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, Error)]
+pub enum Refusal {
+    /// The encoding is not understood.
+    #[error("this release does not understand the command ({0}); upgrade this node")]
+    Unknown(String),
+    /// The log was founded already.
+    #[error("the cluster exists already")]
+    AlreadyFounded,
+    /// Nothing can happen before the cluster is founded.
+    #[error("the cluster is not founded yet")]
+    NotFounded,
+    /// A node with this id and another set of disks is up.
+    #[error("node {0} is up with another incarnation; two daemons must not run the same directory")]
+    NodeBusy(NodeId),
+    /// Another node uses this address.
+    #[error("address {address} belongs to node {node}, which is up")]
+    AddressInUse {
+        /// The address.
+        address: String,
+        /// Who has it.
+        node: NodeId,
+    },
+    /// A disk is known as part of another node.
+    #[error("disk {disk} belongs to node {node}")]
+    DiskElsewhere {
+        /// The disk.
+        disk: DiskId,
+        /// Its node.
+        node: NodeId,
+    },
+    /// The node is not a member, is down, or has another incarnation by now.
+    #[error("node {0} is not an up member of this cluster with that incarnation")]
+    NotMember(NodeId),
+    /// A bound of the cluster is reached.
+    #[error("the cluster has its maximum of {limit} {what}")]
+    Limit {
+        /// What there is too much of.
+        what: String,
+        /// The bound.
+        limit: usize,
+    },
+    /// The name breaks the rules.
+    #[error(
+        "'{0}' is not a volume name: use 1 to 128 letters, digits, '.', '_' or '-', beginning with a letter or digit"
+    )]
+    BadName(String),
+    /// The size breaks the rules.
+    #[error("{0} bytes is not a volume size: use a multiple of 512 from 512 to {max}", max = format_size(MAX_VOLUME_SIZE))]
+    BadSize(u64),
+    /// Copies or min_copies break the rules.
+    #[error(
+        "{copies} copies with at least {min_copies} is not possible: 1 ≤ min-copies ≤ copies ≤ {MAX_COPIES}"
+    )]
+    BadCopies {
+        /// Asked for.
+        copies: u8,
+        /// Asked for.
+        min_copies: u8,
+    },
+    /// Too few nodes with disks are up.
+    #[error(
+        "the volume needs at least {needed} nodes (min-copies) but {up} are up; add nodes, or use fewer copies"
+    )]
+    TooFewNodes {
+        /// Nodes needed.
+        needed: usize,
+        /// Nodes up.
+        up: usize,
+    },
+    /// A volume of this name exists.
+    #[error("volume '{0}' exists already")]
+    Exists(String),
+    /// No volume of this name exists.
+    #[error("there is no volume '{0}'")]
+    NoSuchVolume(String),
+    /// Another gateway has the volume.
+    #[error("volume '{name}' is attached to {holder}; remove its exports there first")]
+    AttachedElsewhere {
+        /// The volume.
+        name: String,
+        /// Address of the gateway that has it.
+        holder: String,
+    },
+}
+
+/// The answer to a command.
+pub type Answer = Result<Outcome, Refusal>;
+
+/// Encodes a command as a log entry.
+#[must_use]
+pub fn encode_command(command: &Command) -> Vec<u8> {
+    encode_versioned(command)
+}
+
+/// Decodes a log entry.
+///
+/// # Errors
+/// [`Refusal::Unknown`] for another version or malformed bytes.
+pub fn decode_command(bytes: &[u8]) -> Result<Command, Refusal> {
+    decode_versioned(bytes)
+}
+
+/// Encodes an answer.
+#[must_use]
+pub fn encode_answer(answer: &Answer) -> Vec<u8> {
+    encode_versioned(answer)
+}
+
+/// Decodes an answer.
+///
+/// # Errors
+/// [`Refusal::Unknown`] for another version or malformed bytes.
+pub fn decode_answer(bytes: &[u8]) -> Answer {
+    decode_versioned::<Answer>(bytes)?
+}
+
+pub(crate) fn encode_versioned<T: Serialize>(value: &T) -> Vec<u8> {
+    let start = vec![LOG_VERSION];
+    postcard::to_extend(value, start).expect("plain data always serialises into memory")
+}
+
+pub(crate) fn decode_versioned<T: for<'a> Deserialize<'a>>(bytes: &[u8]) -> Result<T, Refusal> {
+    match bytes.split_first() {
+        Some((&LOG_VERSION, body)) => {
+            postcard::from_bytes(body).map_err(|e| Refusal::Unknown(format!("malformed: {e}")))
+        }
+        Some((version, _)) => Err(Refusal::Unknown(format!("version {version}"))),
+        None => Err(Refusal::Unknown("empty".into())),
+    }
+}
+
+impl VolumeSpec {
+    /// Checks name, size and copies.
+    ///
+    /// # Errors
+    /// [`Refusal::BadName`], [`Refusal::BadSize`] or [`Refusal::BadCopies`].
+    pub fn validate(&self) -> Result<(), Refusal> {
+        let ok = |c: u8| c.is_ascii_alphanumeric() || b"._-".contains(&c);
+        let first = self.name.bytes().next();
+        if self.name.len() > MAX_NAME
+            || !first.is_some_and(|c| c.is_ascii_alphanumeric())
+            || !self.name.bytes().all(ok)
+        {
+            return Err(Refusal::BadName(self.name.chars().take(MAX_NAME + 1).collect()));
+        }
+        if self.size == 0 || self.size > MAX_VOLUME_SIZE || !self.size.is_multiple_of(512) {
+            return Err(Refusal::BadSize(self.size));
+        }
+        if self.min_copies == 0
+            || self.min_copies > self.copies
+            || usize::from(self.copies) > MAX_COPIES
+        {
+            return Err(Refusal::BadCopies { copies: self.copies, min_copies: self.min_copies });
+        }
+        Ok(())
+    }
+}
+
+/// The `min_copies` of a volume that does not say: 1 of 1 or 2, 2 of 3 or 4, 3 of 5.
+#[must_use]
+pub fn default_min_copies(copies: u8) -> u8 {
+    copies.div_ceil(2).max(1)
+}

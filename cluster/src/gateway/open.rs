@@ -1,0 +1,182 @@
+//! Opening an object: making its replicas equal before it is used.
+
+use super::{Effect, Gateway, Purpose};
+use crate::message::{Failure, Reply, Request};
+use crate::view::SlotView;
+use sheepdog_types::{DiskId, ObjectIndex, Version};
+
+/// An opening in progress.
+#[derive(Debug)]
+pub(super) struct Opening {
+    slot: SlotView,
+    /// What each member answered.
+    versions: Vec<(DiskId, Version)>,
+    /// Members that still copy.
+    recovering: Vec<DiskId>,
+    target: Version,
+    /// Calls to forget when the opening is abandoned.
+    calls: Vec<u64>,
+}
+
+impl Gateway {
+    /// Begins to open the object if its slot can be served in this epoch.
+    pub(super) fn open_if_possible(&mut self, index: ObjectIndex) {
+        if self.object(index).opening().is_some() {
+            return;
+        }
+        let Some(slot) = self.slot_of(index) else { return };
+        self.active.insert(index);
+        self.drop_write_calls(index);
+        let key = self.key(index);
+        let mut calls = Vec::with_capacity(slot.members.len());
+        for disk in slot.members.iter() {
+            let purpose = Purpose::Stat { object: index };
+            if let Some(id) = self.call(disk, Request::Stat { key }, None, purpose) {
+                calls.push(id);
+            }
+        }
+        let opening = Opening {
+            slot,
+            versions: Vec::with_capacity(calls.len()),
+            recovering: Vec::new(),
+            target: Version::NONE,
+            calls,
+        };
+        let complete = opening.calls.len() == opening.slot.members.len();
+        self.object(index).work().opening = Some(opening);
+        if !complete {
+            self.abandon_opening(index); // a member cannot be reached now
+        }
+    }
+
+    /// Forgets an opening without trying again.
+    pub(super) fn cancel_opening(&mut self, index: ObjectIndex) {
+        let opening = self.object(index).work().opening.take();
+        for id in opening.into_iter().flat_map(|o| o.calls) {
+            self.calls.remove(id);
+        }
+    }
+
+    /// Gives an opening up until the next tick.
+    pub(super) fn abandon_opening(&mut self, index: ObjectIndex) {
+        self.cancel_opening(index);
+        self.retry.insert(index);
+        self.counters.resent += 1;
+    }
+
+    /// The replicas may differ: none is used before they were compared.
+    pub(super) fn close_object(&mut self, index: ObjectIndex) {
+        self.object(index).verified = None;
+        self.active.insert(index);
+    }
+
+    pub(super) fn on_stat_reply(&mut self, index: ObjectIndex, disk: DiskId, reply: &Reply) {
+        let &Reply::Version { version } = reply else {
+            self.abandon_opening(index);
+            return;
+        };
+        let object = self.objects.entry(index).or_default();
+        let settled = object.settled;
+        let Some(work) = object.work.as_mut() else { return };
+        let (suspect, roll_back) = (work.suspect, work.roll_back);
+        let Some(opening) = work.opening.as_mut() else { return };
+        opening.versions.push((disk, version));
+        if opening.versions.len() < opening.slot.members.len() {
+            return;
+        }
+        let of_authorities = || {
+            let is_one = |d: &DiskId| opening.slot.authorities.contains(*d);
+            opening.versions.iter().filter(move |(d, _)| is_one(d)).map(|(_, v)| *v)
+        };
+        let newest = of_authorities().max().unwrap_or(Version::NONE);
+        // What is not acknowledged may be undone; nothing older may.
+        let target = if roll_back {
+            of_authorities().filter(|v| *v >= settled).min().unwrap_or(newest)
+        } else {
+            newest
+        };
+        opening.target = target;
+        object.highest_seq =
+            opening.versions.iter().map(|(_, v)| v.seq).fold(object.highest_seq, u64::max);
+        let good = opening
+            .versions
+            .iter()
+            .find(|(d, v)| {
+                *v == target && opening.slot.authorities.contains(*d) && suspect != Some(*d)
+            })
+            .map(|(d, _)| *d);
+        let wrong: Vec<(DiskId, Version)> = opening
+            .versions
+            .iter()
+            .filter(|(d, v)| *v != target || (suspect == Some(*d) && good.is_some()))
+            .copied()
+            .collect();
+        opening.recovering = wrong.iter().map(|(d, _)| *d).collect();
+        if wrong.is_empty() {
+            self.finish_opening(index);
+        } else if let Some(from) = good {
+            self.recover_members(index, &wrong, from, target);
+        } else {
+            self.abandon_opening(index); // the only good copy is the damaged one
+        }
+    }
+
+    fn recover_members(
+        &mut self,
+        index: ObjectIndex,
+        wrong: &[(DiskId, Version)],
+        from: DiskId,
+        target: Version,
+    ) {
+        let key = self.key(index);
+        let mut complete = true;
+        for &(disk, expect) in wrong {
+            let request = Request::Recover { key, expect, from, target };
+            let id = self.call(disk, request, None, Purpose::Recover { object: index });
+            complete &= id.is_some();
+            if let (Some(id), Some(opening)) = (id, self.object(index).work().opening.as_mut()) {
+                opening.calls.push(id);
+            }
+            self.flush.note_write(disk, index);
+        }
+        if !complete {
+            self.abandon_opening(index);
+        }
+    }
+
+    pub(super) fn on_recover_reply(&mut self, index: ObjectIndex, disk: DiskId, reply: &Reply) {
+        if *reply == Reply::Failed(Failure::NoSpace) && !self.object(index).work().roll_back {
+            self.object(index).work().roll_back = true;
+        }
+        if *reply != Reply::Done {
+            self.abandon_opening(index);
+            return;
+        }
+        self.counters.recovered += 1;
+        let Some(opening) = self.object(index).work().opening.as_mut() else { return };
+        opening.recovering.retain(|d| *d != disk);
+        if opening.recovering.is_empty() {
+            self.finish_opening(index);
+        }
+    }
+
+    fn finish_opening(&mut self, index: ObjectIndex) {
+        let epoch = self.epoch();
+        let object = self.objects.entry(index).or_default();
+        let Some(work) = object.work.as_mut() else { return };
+        let Some(opening) = work.opening.take() else { return };
+        work.suspect = None;
+        work.roll_back = false;
+        object.verified = Some(epoch);
+        object.version = opening.target;
+        let lost = opening.target < object.settled;
+        object.settled = opening.target;
+        self.counters.opened += 1;
+        if lost {
+            self.flush.lost = true;
+            self.effects.push_back(Effect::LostWrites { object: self.object_id(index) });
+        }
+        self.continue_writes(index, opening.target);
+        self.run_waiting(index);
+    }
+}

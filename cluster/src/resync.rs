@@ -1,0 +1,92 @@
+//! What a disk has to do to hold everything that it must hold.
+//!
+//! A disk that joined, came back, or got new slots compares itself with its peers, a window of
+//! slots at a time, and copies what differs from an authority. Writes of the current epoch reach
+//! it meanwhile; whatever they touch is made equal by their gateway first.
+
+use crate::view::{View, Waiting};
+use sheepdog_types::{DiskId, LayerKey, SlotId, Version};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Slots compared at once.
+pub const WINDOW: u16 = 1024;
+
+/// The layers of some disks in a window of slots.
+pub type Listings = BTreeMap<DiskId, BTreeMap<LayerKey, Version>>;
+
+/// One step of a comparison.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Copy the layer from `from`, unless it is no longer at `expect` here: then its gateway
+    /// took care of it.
+    Copy {
+        /// Which.
+        key: LayerKey,
+        /// Version listed here.
+        expect: Version,
+        /// An authority that has the newest version.
+        from: DiskId,
+        /// That version.
+        target: Version,
+    },
+    /// Delete the layer: nobody has it, or it belongs elsewhere by now (I9).
+    Delete {
+        /// Which.
+        key: LayerKey,
+    },
+}
+
+/// The windows of slots, first and last slot each.
+pub fn windows() -> impl Iterator<Item = (SlotId, SlotId)> {
+    (0..=u16::MAX / WINDOW).map(|n| (SlotId(n * WINDOW), SlotId(n * WINDOW + (WINDOW - 1))))
+}
+
+/// The disks that `disk` has to ask for their listings.
+#[must_use]
+pub fn peers(view: &View, disk: DiskId) -> Vec<DiskId> {
+    view.disks.iter().filter(|(id, d)| **id != disk && d.up).map(|(id, _)| *id).collect()
+}
+
+/// What `disk` has to do in a window, given the listings of itself and of all its [`peers`].
+///
+/// # Errors
+/// [`Waiting`] when nobody who is up can tell what is newest in some slot.
+pub fn plan(view: &View, disk: DiskId, listings: &Listings) -> Result<Vec<Action>, Waiting> {
+    let keys: BTreeSet<LayerKey> = listings.values().flat_map(|l| l.keys().copied()).collect();
+    let mut actions = Vec::new();
+    for key in keys {
+        if let Some(action) = plan_layer(view, disk, listings, key)? {
+            actions.push(action);
+        }
+    }
+    Ok(actions)
+}
+
+fn plan_layer(
+    view: &View,
+    disk: DiskId,
+    listings: &Listings,
+    key: LayerKey,
+) -> Result<Option<Action>, Waiting> {
+    let version_on = |d: DiskId| listings.get(&d).and_then(|l| l.get(&key)).copied();
+    let mine = version_on(disk);
+    let delete = mine.map(|_| Action::Delete { key });
+    let Some(volume) = view.volumes.get(&key.object.volume) else { return Ok(delete) };
+    let (copies, slot) = (usize::from(volume.spec.copies), key.object.slot());
+    if !view.is_member(slot, copies, disk) {
+        return Ok(delete);
+    }
+    let slot = view.slot(slot, copies, usize::from(volume.spec.min_copies))?;
+    let newest = slot
+        .authorities
+        .iter()
+        .map(|d| (version_on(d).unwrap_or(Version::NONE), d))
+        .max_by_key(|(version, d)| (*version, *d == disk));
+    let Some((target, from)) = newest else { return Ok(None) };
+    let expect = mine.unwrap_or(Version::NONE);
+    Ok(match target {
+        target if target == expect => None,
+        Version::NONE => delete,
+        target => Some(Action::Copy { key, expect, from, target }),
+    })
+}

@@ -1,0 +1,314 @@
+//! The cluster as the data path sees it: an immutable picture of one revision of the state.
+
+use crate::command::MAX_COPIES;
+use crate::history::{EpochRecord, Forgotten, Standing, last_active};
+use crate::ring::{Member, Ring};
+use crate::state::{ClusterState, RingMembers, Volume};
+use sheepdog_types::{DiskId, Epoch, NodeId, SlotId, VolumeId};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// A small set of disks, in placement order, without allocation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Disks {
+    len: u8,
+    ids: [DiskId; 2 * MAX_COPIES],
+}
+
+impl Disks {
+    /// The disks as a slice.
+    #[must_use]
+    pub fn as_slice(&self) -> &[DiskId] {
+        &self.ids[..usize::from(self.len)]
+    }
+
+    /// Adds a disk unless it is there already or the set is full.
+    pub fn insert(&mut self, disk: DiskId) {
+        if !self.contains(disk) && usize::from(self.len) < self.ids.len() {
+            self.ids[usize::from(self.len)] = disk;
+            self.len += 1;
+        }
+    }
+
+    /// Removes a disk, if it is there; the others keep their order.
+    pub fn remove(&mut self, disk: DiskId) {
+        if let Some(at) = self.as_slice().iter().position(|d| *d == disk) {
+            self.ids.copy_within(at + 1..usize::from(self.len), at);
+            self.len -= 1;
+        }
+    }
+
+    /// Whether the set holds `disk`.
+    #[must_use]
+    pub fn contains(&self, disk: DiskId) -> bool {
+        self.as_slice().contains(&disk)
+    }
+
+    /// Iterates over the disks in order.
+    pub fn iter(&self) -> impl Iterator<Item = DiskId> + '_ {
+        self.as_slice().iter().copied()
+    }
+
+    /// Number of disks.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        usize::from(self.len)
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+impl FromIterator<DiskId> for Disks {
+    fn from_iter<I: IntoIterator<Item = DiskId>>(iter: I) -> Self {
+        let mut disks = Self::default();
+        iter.into_iter().for_each(|disk| disks.insert(disk));
+        disks
+    }
+}
+
+/// A disk as the data path sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskView {
+    /// Its node.
+    pub node: NodeId,
+    /// The node is up.
+    pub up: bool,
+    /// Epoch of the node's latest entry.
+    pub entered: Epoch,
+    /// First epoch whose writes it may lack.
+    pub missed_since: Option<Epoch>,
+    /// It may lack unflushed writes from before it came back.
+    pub restarted: bool,
+    /// It has to compare itself with its peers as of this epoch.
+    pub sync_from: Option<Epoch>,
+}
+
+/// A node as the data path sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeView {
+    /// `IP:PORT`.
+    pub address: String,
+    /// Serving, as far as the log knows.
+    pub up: bool,
+    /// Of its latest entry.
+    pub incarnation: u64,
+}
+
+/// Why a slot cannot serve I/O now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Waiting {
+    /// Fewer disks of the slot are up than `min_copies`.
+    TooFew {
+        /// How many are up.
+        up: usize,
+        /// The disks that are down.
+        down: Vec<DiskId>,
+    },
+    /// The disks that are up may lack the newest writes; any one of these has them.
+    For(Vec<DiskId>),
+    /// The history was cut before it could be told who has the newest writes.
+    Forgotten,
+}
+
+/// The replicas of a slot in one epoch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotView {
+    /// Every up disk that a write must reach.
+    pub members: Disks,
+    /// The members whose newest version counts.
+    pub authorities: Disks,
+}
+
+/// One revision of the cluster.
+#[derive(Debug)]
+pub struct View {
+    /// The epoch.
+    pub epoch: Epoch,
+    /// Grows with every change the data path must see.
+    pub revision: u64,
+    /// First epoch with this placement.
+    pub placement_since: Epoch,
+    /// All disks.
+    pub disks: BTreeMap<DiskId, DiskView>,
+    /// All nodes.
+    pub nodes: BTreeMap<NodeId, NodeView>,
+    /// All volumes.
+    pub volumes: Arc<BTreeMap<VolumeId, Arc<Volume>>>,
+    history: Vec<EpochRecord>,
+    ring: PlacedRing,
+    next: Option<PlacedRing>,
+}
+
+#[derive(Clone, Debug)]
+struct PlacedRing {
+    members: RingMembers,
+    ring: Arc<Ring>,
+}
+
+impl PlacedRing {
+    fn build(members: &RingMembers) -> Self {
+        let mut zones: Vec<&str> = members.values().map(|m| m.zone.as_str()).collect();
+        zones.sort_unstable();
+        zones.dedup();
+        let zone_of = |name: &str| zones.binary_search(&name).map_or(0, |at| at as u32);
+        let list: Vec<Member> = members
+            .iter()
+            .map(|(disk, m)| Member {
+                disk: *disk,
+                node: m.node,
+                zone: zone_of(&m.zone),
+                weight: m.weight,
+            })
+            .collect();
+        Self { members: members.clone(), ring: Arc::new(Ring::new(&list)) }
+    }
+
+    /// Reuses a ring of `previous` when its members are the same: placement costs milliseconds.
+    fn reuse_or_build(members: &RingMembers, previous: Option<&View>) -> Self {
+        previous
+            .into_iter()
+            .flat_map(|view| std::iter::once(&view.ring).chain(view.next.as_ref()))
+            .find(|placed| placed.members == *members)
+            .cloned()
+            .unwrap_or_else(|| Self::build(members))
+    }
+
+    fn place(&self, slot: SlotId, copies: usize) -> Disks {
+        self.ring.place(slot, copies).iter().map(|replica| replica.disk).collect()
+    }
+}
+
+impl View {
+    /// The picture of `state`; rings are taken over from `previous` where they did not change.
+    #[must_use]
+    pub fn build(state: &ClusterState, previous: Option<&View>) -> Self {
+        let nodes = state.nodes.iter().map(|(id, node)| {
+            let (address, up) = (node.address.clone(), node.up);
+            (*id, NodeView { address, up, incarnation: node.incarnation })
+        });
+        let disks = state.disks.iter().map(|(id, disk)| {
+            let node = state.nodes.get(&disk.node);
+            let view = DiskView {
+                node: disk.node,
+                up: node.is_some_and(|n| n.up),
+                entered: node.map_or(Epoch(0), |n| n.entered),
+                missed_since: disk.missed_since,
+                restarted: disk.restarted,
+                sync_from: disk.sync_from,
+            };
+            (*id, view)
+        });
+        Self {
+            epoch: state.epoch,
+            revision: state.revision,
+            placement_since: state.placement_since,
+            disks: disks.collect(),
+            nodes: nodes.collect(),
+            volumes: Arc::clone(&state.volumes),
+            history: state.history.clone(),
+            ring: PlacedRing::reuse_or_build(&state.ring, previous),
+            next: state.next_ring.as_ref().map(|m| PlacedRing::reuse_or_build(m, previous)),
+        }
+    }
+
+    /// Whether writes of `slot` have to reach `disk`.
+    #[must_use]
+    pub fn is_member(&self, slot: SlotId, copies: usize, disk: DiskId) -> bool {
+        self.ring.place(slot, copies).contains(disk)
+            || self.next.as_ref().is_some_and(|next| next.place(slot, copies).contains(disk))
+    }
+
+    /// The disks that hold `slot`'s data by placement, up or not.
+    #[must_use]
+    pub fn home(&self, slot: SlotId, copies: usize) -> Disks {
+        self.ring.place(slot, copies)
+    }
+
+    /// The node of a disk.
+    #[must_use]
+    pub fn node_of(&self, disk: DiskId) -> Option<NodeId> {
+        self.disks.get(&disk).map(|d| d.node)
+    }
+
+    /// Whether `disk` is up.
+    #[must_use]
+    pub fn is_up(&self, disk: DiskId) -> bool {
+        self.disks.get(&disk).is_some_and(|d| d.up)
+    }
+
+    /// Whether replicas that were made equal in `epoch` still are, each having been written ever
+    /// since: the placement is the same and none of them has been away or restarted.
+    #[must_use]
+    pub fn unbroken_since(&self, epoch: Epoch, members: &Disks) -> bool {
+        self.placement_since <= epoch
+            && members.iter().all(|d| self.disks.get(&d).is_some_and(|d| d.entered <= epoch))
+    }
+
+    /// Who serves `slot` for a volume with this policy.
+    ///
+    /// # Errors
+    /// [`Waiting`], which names whom it waits for.
+    pub fn slot(
+        &self,
+        slot: SlotId,
+        copies: usize,
+        min_copies: usize,
+    ) -> Result<SlotView, Waiting> {
+        let home = self.home(slot, copies);
+        let up: Disks = home.iter().filter(|d| self.is_up(*d)).collect();
+        if up.len() < min_copies {
+            let down = home.iter().filter(|d| !self.is_up(*d)).collect();
+            return Err(Waiting::TooFew { up: up.len(), down });
+        }
+        let authorities = self.authorities(&home, min_copies)?;
+        let mut members = up;
+        if let Some(next) = &self.next {
+            next.place(slot, copies)
+                .iter()
+                .filter(|d| self.is_up(*d))
+                .for_each(|d| members.insert(d));
+        }
+        Ok(SlotView { members, authorities })
+    }
+
+    /// The up disks of a slot whose newest version counts.
+    ///
+    /// A disk that was never away and not restarted has every acknowledged write. Without one,
+    /// every disk that was there in the last epoch with writes has all flushed ones, and the newest
+    /// version among them counts.
+    fn authorities(&self, home: &Disks, min_copies: usize) -> Result<Disks, Waiting> {
+        let view = |disk: &DiskId| self.disks.get(disk);
+        let up_with = |keep: &dyn Fn(&DiskView) -> bool| -> Disks {
+            home.iter().filter(|d| view(d).is_some_and(|v| v.up && keep(v))).collect()
+        };
+        let intact = up_with(&|d| d.missed_since.is_none() && !d.restarted);
+        if !intact.is_empty() {
+            return Ok(intact);
+        }
+        let standings: Vec<Standing> = home
+            .iter()
+            .filter_map(|disk| {
+                let DiskView { up, missed_since, .. } = *view(&disk)?;
+                Some(Standing { disk, up, missed_since })
+            })
+            .collect();
+        let eligible = match last_active(&self.history, &standings, min_copies) {
+            Ok(Some(epoch)) => {
+                let covering: Vec<DiskId> =
+                    standings.iter().filter(|s| s.covers(epoch)).map(|s| s.disk).collect();
+                let up: Disks = covering.iter().copied().filter(|d| self.is_up(*d)).collect();
+                if up.is_empty() {
+                    return Err(Waiting::For(covering));
+                }
+                up
+            }
+            Ok(None) => up_with(&|_| true),
+            Err(Forgotten) => return Err(Waiting::Forgotten),
+        };
+        Ok(eligible)
+    }
+}
