@@ -3,7 +3,7 @@
 //! The export is called `mem`. Ends when its standard input is closed.
 
 #[path = "../tests/common/memory.rs"]
-#[allow(dead_code, missing_docs)]
+#[allow(dead_code, missing_docs, clippy::unwrap_used)]
 mod memory;
 
 use std::io::Read;

@@ -4,7 +4,6 @@ use std::fmt::Debug;
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::time::Duration;
 
 use sheepdog_nbd::Address;
@@ -69,14 +68,7 @@ pub struct Answer {
 impl Client {
     /// Connects and checks the greeting; client flags are not sent yet.
     pub fn connect(address: &Address) -> Self {
-        let stream: Box<dyn Stream> = match address {
-            Address::Unix(path) => unix(path),
-            Address::Tcp(address) => {
-                let stream = TcpStream::connect(address).unwrap();
-                stream.set_read_timeout(Some(PATIENCE)).unwrap();
-                Box::new(stream)
-            }
-        };
+        let stream = raw(address);
         let mut client = Self { stream, structured: false, size: 0, flags: 0, cookie: 7000 };
         assert_eq!(client.take(16), b"NBDMAGICIHAVEOPT");
         assert_eq!(client.take(2), [0, 3], "FIXED_NEWSTYLE and NO_ZEROES, nothing else");
@@ -239,7 +231,14 @@ impl Client {
     }
 
     /// One request and its reply.
-    pub fn call(&mut self, command: u16, flags: u16, offset: u64, len: u32, payload: &[u8]) -> Answer {
+    pub fn call(
+        &mut self,
+        command: u16,
+        flags: u16,
+        offset: u64,
+        len: u32,
+        payload: &[u8],
+    ) -> Answer {
         let cookie = self.request(command, flags, offset, len, payload);
         let answer = self.answer(command, offset, len);
         assert_eq!(answer.cookie, cookie);
@@ -257,10 +256,20 @@ impl Client {
     }
 }
 
-fn unix(path: &Path) -> Box<dyn Stream> {
-    let stream = UnixStream::connect(path).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    Box::new(stream)
+/// A connection on which nothing was read yet.
+pub fn raw(address: &Address) -> Box<dyn Stream> {
+    match address {
+        Address::Unix(path) => {
+            let stream = UnixStream::connect(path).unwrap();
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            Box::new(stream)
+        }
+        Address::Tcp(address) => {
+            let stream = TcpStream::connect(address).unwrap();
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            Box::new(stream)
+        }
+    }
 }
 
 pub fn request_bytes(command: u16, flags: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {

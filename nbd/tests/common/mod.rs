@@ -1,5 +1,5 @@
 //! What the tests of this crate share.
-#![allow(dead_code, missing_docs)]
+#![allow(dead_code, missing_docs, clippy::unwrap_used)]
 
 pub mod client;
 pub mod memory;
