@@ -2,6 +2,9 @@
 //!
 //! Sets of disks are random; `SEED=n` replays a run.
 
+// Helpers of tests are tests too.
+#![allow(clippy::unwrap_used)]
+
 mod ring_oracle;
 
 use std::collections::{HashMap, HashSet};
@@ -119,12 +122,17 @@ fn balance_and_movement(counts: &[usize]) {
 
 #[test]
 fn few_disks_are_balanced_and_move_little() {
-    balance_and_movement(&[3, 4, 5, 7, 10, 16]);
+    balance_and_movement(&[3, 4, 5, 7, 10]);
 }
 
 #[test]
 fn many_disks_are_balanced_and_move_little() {
-    balance_and_movement(&[33, 100, 300]);
+    balance_and_movement(&[33, 300]);
+}
+
+#[test]
+fn dozens_of_disks_are_balanced_and_move_little() {
+    balance_and_movement(&[16, 100]);
 }
 
 #[test]
@@ -194,11 +202,11 @@ fn extreme_weights_keep_every_rule() {
 #[test]
 fn placements_equal_the_oracle() {
     let mut random = Random::new();
-    let own_zones = random.disks(5);
-    let weighted = (1..=6).map(|weight| random.disk(weight)).collect();
-    let two_zones = several_per_node(&mut random, 4, 2, 2);
-    let many = random.disks(20);
-    for (members, copies) in [(own_zones, 4), (weighted, 3), (two_zones, 4), (many, 2)] {
+    let own_zones = random.disks(4);
+    let weighted = (1..=5).map(|weight| random.disk(weight)).collect();
+    let two_zones = several_per_node(&mut random, 3, 2, 2);
+    let many = random.disks(12);
+    for (members, copies) in [(own_zones, 3), (weighted, 3), (two_zones, 3), (many, 1)] {
         let ring = Ring::new(&members);
         let oracle = ring_oracle::place_all(&members, copies);
         for slot in slots() {

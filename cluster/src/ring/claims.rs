@@ -78,12 +78,11 @@ impl Order {
     /// The slot of claim `n`. Each step can be undone (an odd factor has an inverse modulo 2^16),
     /// so no slot comes twice.
     fn slot(self, n: u16) -> u16 {
-        let mut x = n;
-        for (add, multiply) in self.add.into_iter().zip(self.multiply) {
-            x = x.wrapping_add(add).wrapping_mul(multiply);
-            x ^= x >> 8;
-        }
-        x
+        let ([a, b, c], [k, l, m]) = (self.add, self.multiply);
+        let x = n.wrapping_add(a).wrapping_mul(k);
+        let x = (x ^ (x >> 8)).wrapping_add(b).wrapping_mul(l);
+        let x = (x ^ (x >> 8)).wrapping_add(c).wrapping_mul(m);
+        x ^ (x >> 8)
     }
 }
 
@@ -166,7 +165,7 @@ impl<'a> Race<'a> {
         let Runner { order, pace, next } = self.runners[disk];
         let until = ((now * u128::from(pace)) >> PACE_BITS).min(u128::from(u64::MAX)) as u64;
         let mut claim = next as usize;
-        while TIMES.get(claim).is_some_and(|&time| time <= until) {
+        while claim < SLOTS && TIMES[claim] <= until {
             let slot = usize::from(order.slot(claim as u16));
             claim += 1;
             if self.open_slots[slot / 64] >> (slot % 64) & 1 == 1 {

@@ -35,7 +35,7 @@ pub fn place_all(members: &[Member], copies: usize) -> Vec<Vec<DiskId>> {
             ((held[disk] * SLOTS as u128 * margin / 100 + dither) / ONE) as usize
         };
         let claims = claims(&disks, &rates);
-        let patience = (SLOTS * 64).div_ceil(disks.len());
+        let patience = (SLOTS * 64).div_ceil(disks.len()).min(SLOTS);
         for bounded in [true, false] {
             for claim in &claims {
                 let slot = &placed[claim.slot];
