@@ -123,3 +123,28 @@ wait_for() {
         sleep 0.05
     done
 }
+
+# append_script SCRIPT INITRD : the guest image with SCRIPT as what the guest runs (see guest-image).
+append_script() {
+    local dir base
+    base=$TARGET/qemu/base.cpio.gz
+    dir=$(mktemp -d)
+    cp "$1" "$dir/test"
+    cp "$base" "$2"
+    # The kernel takes archives one after another if each begins at a multiple of four bytes.
+    truncate -s %4 "$2"
+    (cd "$dir" && echo test | cpio --quiet -o -H newc) >>"$2"
+    rm -rf "$dir"
+}
+
+# boot_guest INITRD CONSOLE_LOG DISK_ARGUMENT... : QEMU without KVM; what the script prints is QEMU's stdout. The disk
+# arguments are those of disk_vhost_user or disk_nbd.
+boot_guest() {
+    local initrd=$1 console=$2
+    shift 2
+    qemu-system-x86_64 -nodefaults -no-user-config -display none -no-reboot -accel tcg \
+        -machine q35,memory-backend=memory -m 256M \
+        -object memory-backend-memfd,id=memory,size=256M,share=on \
+        -serial "file:$console" -serial stdio -append "console=ttyS0 panic=-1 quiet" \
+        -kernel "$TARGET/qemu/vmlinuz" -initrd "$initrd" "$@" </dev/null
+}
