@@ -226,8 +226,8 @@ impl Worker<'_> {
             let op = match o.rw {
                 Rw::RandRead | Rw::Read => Op::Read,
                 Rw::RandWrite | Rw::Write => Op::Write,
-                Rw::RandRw if rng.below(100) < o.mix_read => Op::Read,
-                Rw::RandRw => Op::Write,
+                Rw::Mixed if rng.below(100) < o.mix_read => Op::Read,
+                Rw::Mixed => Op::Write,
             };
             if op == Op::Write {
                 since_flush += 1;
@@ -311,9 +311,9 @@ impl Worker<'_> {
             unsafe { std::slice::from_raw_parts_mut(self.mem, o.bs) }.fill(0xAA);
             self.one(Op::Read, b * o.bs as u64, o.bs)?;
             Rng::new(o.seed ^ b).fill(&mut expect);
+            // SAFETY: as above.
             let got = unsafe { std::slice::from_raw_parts(self.mem, o.bs) };
-            if got != expect.as_slice() {
-                let at = got.iter().zip(&expect).position(|(a, b)| a != b).unwrap();
+            if let Some(at) = got.iter().zip(&expect).position(|(a, b)| a != b) {
                 return Err(Error::new(
                     ErrorKind::InvalidData,
                     format!("wrong data at byte {}", b * o.bs as u64 + at as u64),
@@ -353,7 +353,7 @@ fn real_main() -> Result<()> {
             transport.max_mem_regions()
         );
     }
-    if o.rw.writes() && features & VirtioBlkFeatureFlags::RO.bits() != 0 {
+    if (o.rw.writes() || o.verify > 0) && features & VirtioBlkFeatureFlags::RO.bits() != 0 {
         return Err(bad("the device is read-only"));
     }
     let size = if o.size == 0 { capacity } else { o.size.min(capacity) };

@@ -25,14 +25,14 @@ usage: vubench --socket PATH [options]
 pub enum Rw {
     RandRead,
     RandWrite,
-    RandRw,
+    Mixed,
     Read,
     Write,
 }
 
 impl Rw {
     fn parse(s: &str) -> Option<Self> {
-        [Self::RandRead, Self::RandWrite, Self::RandRw, Self::Read, Self::Write]
+        [Self::RandRead, Self::RandWrite, Self::Mixed, Self::Read, Self::Write]
             .into_iter()
             .find(|r| r.name() == s)
     }
@@ -40,7 +40,7 @@ impl Rw {
         match self {
             Self::RandRead => "randread",
             Self::RandWrite => "randwrite",
-            Self::RandRw => "randrw",
+            Self::Mixed => "randrw",
             Self::Read => "read",
             Self::Write => "write",
         }
@@ -133,7 +133,7 @@ impl Opts {
         if o.socket.is_empty() {
             return Err(format!("--socket is needed\n{USAGE}"));
         }
-        if o.bs == 0 || o.bs % 512 != 0 || o.qd == 0 || o.queues == 0 {
+        if o.bs == 0 || !o.bs.is_multiple_of(512) || o.qd == 0 || o.queues == 0 {
             return Err("--bs must be a multiple of 512, --qd and --queues at least 1".into());
         }
         Ok(o)
