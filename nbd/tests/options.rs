@@ -39,6 +39,15 @@ fn list_names_every_export() {
 }
 
 #[test]
+fn names_that_the_protocol_forbids_are_not_sent() {
+    let exports = ["n".repeat(4097), "nul\0".into(), "n".repeat(4096)];
+    let exports = exports.map(|name| (name, Memory::new(16) as Arc<dyn Block>));
+    let (server, _dir) = serve(Arc::new(Fixed(exports.into())), Limits::default());
+    let replies = Client::hello(server.local_addr()).option_all(3, b"");
+    assert_eq!(replies.iter().map(|reply| reply.data.len()).collect::<Vec<_>>(), [4100, 0]);
+}
+
+#[test]
 fn unknown_options_leave_the_session_usable() {
     let (server, _dir) = two();
     let mut client = Client::hello(server.local_addr());
