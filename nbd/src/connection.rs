@@ -200,22 +200,23 @@ impl<'a> Session<'a> {
                 break;
             }
             let Some(wanted) = self.outbox.park(reading, idle_at) else { continue };
-            if ending && wanted.readable && !self.exhausted {
-                self.outbox.unpark();
-                self.receive();
-                continue;
-            }
-            let ready = wait(self.link, poll_flags(wanted), self.deadline);
+            let drain = ending && wanted.readable && !wanted.writable && !self.exhausted;
+            let ready = if drain {
+                self.at_once()
+            } else {
+                wait(self.link, poll_flags(wanted), self.deadline)
+            };
             self.outbox.unpark();
             match ready {
                 Ok(ready) => self.serve(wanted, ready),
                 Err(TimedOut) => {
                     let pending = self.outbox.pending();
+                    let export = &self.export;
                     tracing::warn!(
-                        export = self.export,
+                        export,
                         pending,
-                        "an NBD connection was closed \
-                        before its requests were done or its replies were read"
+                        "an NBD connection was closed before its requests were done or its \
+                         replies were read"
                     );
                     break;
                 }
@@ -223,6 +224,15 @@ impl<'a> Session<'a> {
         }
         self.outbox.close();
         tracing::debug!(export = self.export, "NBD client disconnected");
+    }
+
+    /// What [`wait`] would say of a socket that is readable: an ending connection must find out
+    /// that there is nothing more to read, which a poll would wait for.
+    fn at_once(&self) -> Result<PollFlags, TimedOut> {
+        if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            return Err(TimedOut);
+        }
+        Ok(PollFlags::IN)
     }
 
     /// Acts on what the socket is ready for.

@@ -344,6 +344,22 @@ fn stop_ends_with_a_client_that_never_reads() {
     assert_eq!(server.connections(), 0);
 }
 
+#[test]
+fn stop_ends_with_a_client_that_never_stops_sending() {
+    let limits = Limits { linger: Duration::from_millis(50), ..Limits::default() };
+    let (server, dir) = serve(Fixed::one("a", Memory::new(4096)), limits);
+    let mut client = Client::go(server.local_addr(), "a", false);
+    // A refused write of almost 4 GiB is skipped, so the flood needs no replies.
+    client.request(WRITE, 0, 0, u32::MAX, b"");
+    let flood = thread::spawn(move || {
+        let piece = vec![0; 1 << 20];
+        (0..4000).find_map(|_| client.stream.write_all(&piece).err()).is_some()
+    });
+    server.stop();
+    assert!(flood.join().unwrap(), "the connection is closed under the flood");
+    assert!(!dir.socket().exists());
+}
+
 /// Answers reads with the wrong length, panics on writes, and drops all other requests.
 struct Faulty;
 
