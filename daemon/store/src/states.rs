@@ -1,0 +1,84 @@
+//! Two bits for each of the 1024 blocks of an object.
+
+use sheepdog_types::BLOCKS_PER_OBJECT;
+
+use crate::api::BlockState;
+
+/// Bytes of a packed [`States`].
+pub(crate) const STATES_BYTES: usize = BLOCKS_PER_OBJECT / 4;
+
+/// The states of an object's blocks: 0 absent, 1 data, 2 zero.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct States([u8; STATES_BYTES]);
+
+impl Default for States {
+    fn default() -> Self {
+        Self([0; STATES_BYTES])
+    }
+}
+
+impl States {
+    pub(crate) fn get(&self, block: u16) -> BlockState {
+        match self.0[usize::from(block) / 4] >> (block % 4 * 2) & 3 {
+            1 => BlockState::Data,
+            2 => BlockState::Zero,
+            _ => BlockState::Absent,
+        }
+    }
+
+    pub(crate) fn set(&mut self, block: u16, state: BlockState) {
+        let code = match state {
+            BlockState::Absent => 0,
+            BlockState::Data => 1,
+            BlockState::Zero => 2,
+        };
+        let shift = block % 4 * 2;
+        let byte = &mut self.0[usize::from(block) / 4];
+        *byte = *byte & !(3 << shift) | code << shift;
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8; STATES_BYTES] {
+        &self.0
+    }
+
+    /// `None` if a state has the unused code 3.
+    pub(crate) fn from_bytes(bytes: [u8; STATES_BYTES]) -> Option<Self> {
+        let used = bytes.iter().all(|byte| byte & byte >> 1 & 0x55 == 0);
+        used.then_some(Self(bytes))
+    }
+
+    /// Blocks that are data.
+    pub(crate) fn data_blocks(&self) -> u16 {
+        // The codes 0, 1, 2 have the low bit set for data only.
+        self.0.iter().map(|byte| (byte & 0x55).count_ones() as u16).sum()
+    }
+
+    /// Blocks that are zero.
+    pub(crate) fn zero_blocks(&self) -> u16 {
+        self.0.iter().map(|byte| (byte & 0xAA).count_ones() as u16).sum()
+    }
+
+    /// The blocks in `state`, ascending.
+    pub(crate) fn blocks(&self, state: BlockState) -> impl Iterator<Item = u16> + '_ {
+        (0..BLOCKS_PER_OBJECT as u16).filter(move |&block| self.get(block) == state)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_block_keeps_its_own_state() {
+        let mut states = States::default();
+        for block in 0..BLOCKS_PER_OBJECT as u16 {
+            states.set(block, [BlockState::Zero, BlockState::Data][usize::from(block % 3 == 0)]);
+        }
+        states.set(3, BlockState::Absent);
+        assert_eq!((states.data_blocks(), states.zero_blocks()), (341, 682));
+        assert_eq!(states.get(3), BlockState::Absent);
+        assert_eq!(states.blocks(BlockState::Data).next(), Some(0));
+        assert_eq!(States::from_bytes(*states.bytes()), Some(states));
+        assert_eq!(States::from_bytes([3; STATES_BYTES]), None);
+    }
+}

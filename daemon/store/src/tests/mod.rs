@@ -1,0 +1,8 @@
+//! Tests that look inside: a medium that loses power, damaged files, full and failing disks.
+
+mod crash;
+mod damage;
+mod full;
+mod model;
+mod sim;
+mod support;
