@@ -109,7 +109,10 @@ impl Shared {
                 Err(error) if error.is_not_sent() => error.to_string(),
                 Err(error) => return Err(ProposeError::Unknown(error.to_string())),
             };
-            self.wait_for_news(deadline).await;
+            // Members that name each other as leader must not make this a busy loop.
+            if hint.is_none() || attempt > 2 {
+                self.wait_for_news(deadline).await;
+            }
             if Instant::now() >= deadline {
                 return Err(ProposeError::Unavailable(why));
             }

@@ -3,7 +3,7 @@
 use std::sync::Mutex;
 
 use openraft::entry::RaftEntry;
-use openraft::raft::AppendEntriesRequest;
+use openraft::raft::{AppendEntriesRequest, VoteRequest, VoteResponse};
 use openraft::storage::RaftStateMachine;
 use openraft::testing::common::{blank_ent, log_id};
 use openraft::testing::log::{StoreBuilder, Suite};
@@ -14,6 +14,7 @@ use super::db::{Done, Write};
 use super::types::{Entry, SnapshotMeta, Types, Vote};
 use super::wire::{Envelope, Request, Response, decode, encode};
 use super::*;
+use crate::api::TransportError;
 
 /// Remembers every command it was given, in order.
 #[derive(Default)]
@@ -300,4 +301,57 @@ fn options_that_contradict_each_other_are_refused() {
     for options in broken {
         options.to_config().unwrap_err();
     }
+}
+
+/// Nobody is there.
+struct Void;
+
+impl Transport for Void {
+    fn call<'a>(
+        &'a self,
+        _peer: u64,
+        _addr: &'a str,
+        _request: Vec<u8>,
+    ) -> BoxFuture<'a, Result<Vec<u8>, TransportError>> {
+        Box::pin(async { Err(TransportError::Refused) })
+    }
+}
+
+async fn ask_for_vote(log: &RaftLog, transfer: bool) -> Response {
+    let mut vote = VoteRequest::new(Vote::new(1000, 2), Some(log_id::<Types>(999, 2, 1000)));
+    vote.leadership_transfer = transfer;
+    let request = Request::Vote(vote);
+    let frame = encode(&Envelope { from: 2, to: 1, request });
+    decode(&log.handle_rpc(&frame).await.unwrap()).unwrap()
+}
+
+#[tokio::test]
+async fn a_restarted_node_keeps_the_promises_it_may_have_made_to_a_leader() {
+    let dir = tempfile::tempdir().unwrap();
+    // The end of the quiet time is not waited for.
+    let options = Options {
+        election_timeout: (Duration::from_secs(500), Duration::from_secs(1000)),
+        ..Options::default()
+    };
+    let state = Arc::new(Journal::default());
+    let open = || RaftLog::open(dir.path(), 1, state.clone(), Arc::new(Void), options.clone());
+    let log = open().await.unwrap();
+    let fresh = ask_for_vote(&log, false).await;
+    assert!(matches!(fresh, Response::Vote(VoteResponse { vote_granted: true, .. })), "{fresh:?}");
+    log.shutdown().await;
+    let log = open().await.unwrap();
+    let refused = ask_for_vote(&log, false).await;
+    assert!(matches!(refused, Response::Failed(_)), "{refused:?}");
+    // The leader itself lets go of the promise.
+    let transferred = ask_for_vote(&log, true).await;
+    assert!(matches!(transferred, Response::Vote(_)), "{transferred:?}");
+}
+
+#[tokio::test]
+async fn a_request_for_another_node_is_not_handled() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = Arc::new(Journal::default());
+    let log = RaftLog::open(dir.path(), 3, state, Arc::new(Void), Options::default());
+    let response = ask_for_vote(&log.await.unwrap(), false).await;
+    assert!(matches!(response, Response::WrongNode(3)), "{response:?}");
 }

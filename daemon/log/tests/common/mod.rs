@@ -1,5 +1,7 @@
 //! A cluster inside one process: nodes, and a network whose links can be cut.
 
+#![allow(clippy::unwrap_used, reason = "test code, which clippy cannot tell by itself here")]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
