@@ -28,5 +28,7 @@ mod queue;
 mod request;
 mod ring;
 mod server;
+#[cfg(test)]
+mod testing;
 
 pub use server::{Config, ServerHandle, StartError, VhostServer};
