@@ -1,0 +1,290 @@
+//! Answers as `dog` prints them: the JSON as it came, or texts and tables for people.
+
+use crate::hint::hint;
+use crate::table::{Align, Table};
+use crate::time::format_time;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, from_value};
+use sheepdog::api::{
+    ClusterInfo, DiskInfo, ExportInfo, Health, NodeInfo, Protocol, Request, SlotCounts, Status,
+    VolumeInfo,
+};
+use sheepdog_types::format_size;
+use std::fmt::Display;
+
+/// What [`ExportInfo::state`] says when all is well.
+const SERVING: &str = "serving";
+
+/// One document, indented, ended by a newline.
+pub fn json(value: &Value) -> String {
+    format!("{value:#}\n")
+}
+
+/// The answer to `request` for people.
+///
+/// # Errors
+/// The answer is not of the type that [`Request`] promises.
+pub fn human(request: &Request, mut value: Value) -> serde_json::Result<String> {
+    make_printable(&mut value);
+    match request {
+        Request::ClusterInfo => show(value, cluster_info),
+        Request::ClusterHealth => show(value, health),
+        Request::NodeList => show(value, node_list),
+        Request::VolumeCreate { .. } => show(value, volume_created),
+        Request::VolumeList => show(value, volume_list),
+        Request::VolumeInfo { .. } => show(value, volume_info),
+        Request::VolumeDelete { name } => Ok(format!("Deleted volume {}.\n", printable(name))),
+        Request::ExportAdd { .. } => show(value, export_added),
+        Request::ExportList => show(value, export_list),
+        Request::ExportRemove { .. } => show(value, export_removed),
+    }
+}
+
+fn show<T: DeserializeOwned>(value: Value, text: fn(&T) -> String) -> serde_json::Result<String> {
+    from_value(value).map(|answer| text(&answer))
+}
+
+/// `text` with control characters written out, but line feeds: a terminal obeys control
+/// characters, and names come from whoever made the volume.
+pub fn printable(text: &str) -> String {
+    escape(text, |c| c.is_control() && c != '\n')
+}
+
+/// [`printable`] for all texts of an answer, line feeds too, so that none spoils a table.
+fn make_printable(value: &mut Value) {
+    match value {
+        Value::String(text) => *text = escape(text, char::is_control),
+        Value::Array(values) => values.iter_mut().for_each(make_printable),
+        Value::Object(fields) => fields.values_mut().for_each(make_printable),
+        Value::Null | Value::Bool(_) | Value::Number(_) => {}
+    }
+}
+
+fn escape(text: &str, which: fn(char) -> bool) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for c in text.chars() {
+        if which(c) {
+            escaped.extend(c.escape_default());
+        } else {
+            escaped.push(c);
+        }
+    }
+    escaped
+}
+
+/// A value that may be absent.
+fn or_dash(value: Option<impl Display>) -> String {
+    value.map_or_else(|| "-".into(), |value| value.to_string())
+}
+
+fn size_or_dash(bytes: Option<u64>) -> String {
+    or_dash(bytes.map(format_size))
+}
+
+/// Names and values below each other.
+fn fields<const N: usize>(fields: [(&str, String); N]) -> String {
+    let mut table = Table::plain([Align::Left, Align::Left]);
+    for (name, value) in fields {
+        table.row([name.into(), value]);
+    }
+    table.render()
+}
+
+fn cluster_info(info: &ClusterInfo) -> String {
+    let mut text = fields([
+        ("Cluster", info.cluster.clone()),
+        ("Release", info.version.clone()),
+        ("Epoch", info.epoch.to_string()),
+        ("Leader", or_dash(info.leader.as_ref())),
+        ("Voters", info.voters.join(", ")),
+        ("Nodes", format!("{}, {} up", info.nodes, info.nodes_up)),
+        ("Volumes", info.volumes.to_string()),
+    ]);
+    if !info.epochs.is_empty() {
+        let mut table = Table::new([
+            ("EPOCH", Align::Right),
+            ("TIME (UTC)", Align::Left),
+            ("WHAT HAPPENED", Align::Left),
+        ]);
+        for past in &info.epochs {
+            table.row([past.epoch.to_string(), format_time(past.at), past.cause.clone()]);
+        }
+        text.push('\n');
+        text.push_str(&table.render());
+    }
+    text
+}
+
+fn health(health: &Health) -> String {
+    let status = match health.status {
+        Status::Ok => "ok: all replicas of everything are there",
+        Status::Degraded => "degraded: all I/O goes on, with fewer replicas than wanted",
+        Status::Unavailable => "unavailable: some I/O waits",
+    };
+    let SlotCounts { total, complete, degraded, waiting } = health.slots;
+    let mut text = fields([
+        ("Health", status.into()),
+        ("Epoch", health.epoch.to_string()),
+        ("Slots", format!("{total}: {complete} complete, {degraded} degraded, {waiting} waiting")),
+    ]);
+    if !health.reasons.is_empty() {
+        text.push('\n');
+    }
+    for reason in &health.reasons {
+        text.push_str(&format!("- {reason}\n"));
+    }
+    text
+}
+
+/// Each line says everything about a disk and its node, for `grep`.
+fn node_list(nodes: &Vec<NodeInfo>) -> String {
+    let mut table = Table::new([
+        ("NODE", Align::Left),
+        ("ADDRESS", Align::Left),
+        ("ZONE", Align::Left),
+        ("STATE", Align::Left),
+        ("DISK", Align::Left),
+        ("USED", Align::Right),
+        ("CAPACITY", Align::Right),
+        ("DATA", Align::Left),
+        ("PATH", Align::Left),
+    ]);
+    for node in nodes {
+        // A node without disks has a line too.
+        let disks = if node.disks.is_empty() {
+            vec![["-"; 5].map(String::from)]
+        } else {
+            node.disks.iter().map(disk_cells).collect()
+        };
+        for [id, used, capacity, data, path] in disks {
+            let NodeInfo { id: node, address, zone, state, disks: _ } = node.clone();
+            table.row([node, address, zone, state, id, used, capacity, data, path]);
+        }
+    }
+    table.render()
+}
+
+fn disk_cells(disk: &DiskInfo) -> [String; 5] {
+    [
+        disk.id.clone(),
+        size_or_dash(disk.used),
+        size_or_dash(disk.capacity),
+        if disk.complete { "complete" } else { "synchronising" }.into(),
+        or_dash(disk.path.as_ref()),
+    ]
+}
+
+fn volume_created(volume: &VolumeInfo) -> String {
+    let VolumeInfo { name, size, copies, min_copies, .. } = volume;
+    let copies_text = if *copies == 1 { "copy" } else { "copies" };
+    let size = format_size(*size);
+    format!(
+        "Created volume {name}: {size}, {copies} {copies_text}, I/O goes on with {min_copies}.\n"
+    )
+}
+
+fn volume_list(volumes: &Vec<VolumeInfo>) -> String {
+    if volumes.is_empty() {
+        return "No volumes. Create one with `dog volume create NAME SIZE`.\n".into();
+    }
+    let mut table = Table::new([
+        ("NAME", Align::Left),
+        ("SIZE", Align::Right),
+        ("USED", Align::Right),
+        ("COPIES", Align::Right),
+        ("SNAPSHOTS", Align::Right),
+        ("CREATED (UTC)", Align::Left),
+        ("ATTACHED TO", Align::Left),
+    ]);
+    for volume in volumes {
+        table.row([
+            volume.name.clone(),
+            format_size(volume.size),
+            size_or_dash(volume.used),
+            volume.copies.to_string(),
+            volume.snapshots.len().to_string(),
+            format_time(volume.created),
+            or_dash(volume.attached_to.as_ref()),
+        ]);
+    }
+    table.render()
+}
+
+fn volume_info(volume: &VolumeInfo) -> String {
+    let mut text = fields([
+        ("Name", volume.name.clone()),
+        ("Id", volume.id.to_string()),
+        ("Size", format!("{} ({} bytes)", format_size(volume.size), volume.size)),
+        ("Used", size_or_dash(volume.used)),
+        ("Copies", format!("{}, I/O goes on with {}", volume.copies, volume.min_copies)),
+        ("Attached to", or_dash(volume.attached_to.as_ref())),
+        ("Writer", volume.writer.to_string()),
+        ("Created", format!("{} UTC", format_time(volume.created))),
+        ("Parent", or_dash(volume.parent.as_ref())),
+        ("Snapshots", volume.snapshots.len().to_string()),
+    ]);
+    if !volume.snapshots.is_empty() {
+        let mut table = Table::new([("SNAPSHOT", Align::Left), ("CREATED (UTC)", Align::Left)]);
+        for snapshot in &volume.snapshots {
+            table.row([snapshot.tag.clone(), format_time(snapshot.created)]);
+        }
+        text.push('\n');
+        text.push_str(&table.render());
+    }
+    text
+}
+
+/// The protocol as the options and the JSON name it.
+fn protocol_name(protocol: Protocol) -> &'static str {
+    match protocol {
+        Protocol::Nbd => "nbd",
+        Protocol::VhostUser => "vhost-user",
+    }
+}
+
+fn export_added(export: &ExportInfo) -> String {
+    let ExportInfo { volume, protocol, address, state, .. } = export;
+    let protocol = protocol_name(*protocol);
+    let mut text = format!("Exported volume {volume} over {protocol} at {address}.\n");
+    if state != SERVING {
+        text.push_str(&format!("It does not serve yet: {state}.\n"));
+    }
+    text + "\n" + &hint(export)
+}
+
+fn export_list(exports: &Vec<ExportInfo>) -> String {
+    if exports.is_empty() {
+        return "No exports on this node. Add one with `dog export add VOLUME`.\n".into();
+    }
+    let mut table = Table::new([
+        ("VOLUME", Align::Left),
+        ("PROTOCOL", Align::Left),
+        ("ADDRESS", Align::Left),
+        ("CLIENTS", Align::Right),
+        ("STATE", Align::Left),
+    ]);
+    for export in exports {
+        table.row([
+            export.volume.clone(),
+            protocol_name(export.protocol).into(),
+            export.address.clone(),
+            export.clients.to_string(),
+            export.state.clone(),
+        ]);
+    }
+    table.render()
+}
+
+fn export_removed(exports: &Vec<ExportInfo>) -> String {
+    if exports.is_empty() {
+        return "There was no such export on this node.\n".into();
+    }
+    let line = |ExportInfo { volume, protocol, address, .. }: &ExportInfo| {
+        let protocol = protocol_name(*protocol);
+        format!("Removed the export of volume {volume} over {protocol} at {address}.\n")
+    };
+    exports.iter().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests;
