@@ -428,8 +428,10 @@ impl Header {
 
 /// Checksums as bytes.
 pub(crate) fn crcs_to_bytes(crcs: &[u32], out: &mut Vec<u8>) {
-    out.clear();
-    out.extend(crcs.iter().flat_map(|crc| crc.to_le_bytes()));
+    out.resize(crcs.len() * 4, 0);
+    for (bytes, crc) in out.chunks_exact_mut(4).zip(crcs) {
+        bytes.copy_from_slice(&crc.to_le_bytes());
+    }
 }
 
 /// Checksums from bytes.

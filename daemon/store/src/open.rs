@@ -221,14 +221,17 @@ fn read_index(files: &Files, table: &Table, mark: Mark) -> Result<Checkpointer, 
     };
     let slab_bytes = 2 * SECTOR as u64;
     let len = files.index.len().map_err(OpenError::io("cannot read index"))?;
-    let slabs = (len / slab_bytes).min(u64::from(u32::MAX));
+    // After a power cut the file may end with the first record of a pair.
+    let slabs = len.div_ceil(slab_bytes).min(u64::from(u32::MAX));
     let mut buf = Vec::new();
     for from in (0..slabs).step_by(CHUNK_SLABS as usize) {
         let count = CHUNK_SLABS.min(slabs - from);
+        buf.clear();
         buf.resize((count * slab_bytes) as usize, 0);
+        let held = (len - from * slab_bytes).min(buf.len() as u64) as usize;
         files
             .index
-            .read_at(&mut buf, from * slab_bytes)
+            .read_at(&mut buf[..held], from * slab_bytes)
             .map_err(OpenError::io("cannot read index"))?;
         for (slab, bytes) in (from as u32..).zip(buf.chunks_exact(2 * SECTOR)) {
             reader.slab(slab, bytes)?;
