@@ -6,6 +6,7 @@ use serde_json::Value;
 use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::ExitStatus;
+use std::time::{Duration, Instant};
 
 struct Node {
     port: u16,
@@ -46,9 +47,16 @@ impl Export {
 
     /// An own NBD connection; waits for the server if it is still coming up.
     pub fn connect(&self) -> Client {
-        eventually(&format!("an NBD connection to {}", self.volume), PATIENCE, || {
-            Client::connect(&self.socket, &self.volume).ok()
-        })
+        let begin = Instant::now();
+        loop {
+            match Client::connect(&self.socket, &self.volume) {
+                Ok(client) => return client,
+                Err(e) if begin.elapsed() > PATIENCE => {
+                    panic!("no NBD connection to {} in {PATIENCE:?}: {e:?}", self.volume)
+                }
+                Err(_) => std::thread::sleep(Duration::from_millis(20)),
+            }
+        }
     }
 
     /// For a guest.
@@ -227,25 +235,24 @@ impl Cluster {
     /// Waits until every running node reports this status and as many nodes up as there are running.
     pub fn wait_status(&self, status: &str) {
         let running: Vec<_> = self.running().collect();
+        let begin = Instant::now();
         for index in &running {
-            let mut last = String::new();
-            let what = format!("status {status} at node {index}");
-            let begin = std::time::Instant::now();
-            eventually(&what, 2 * PATIENCE, || {
+            loop {
                 let health = self.try_dog(*index, &["cluster", "health"]);
                 let nodes = self.try_dog(*index, &["node", "list"]);
-                let up = nodes
-                    .as_ref()
-                    .ok()
-                    .and_then(Value::as_array)
-                    .map(|list| list.iter().filter(|n| n["state"] == "up").count());
-                last = format!("{health:?}, {up:?} of {} up", running.len());
-                let reached = health.is_ok_and(|h| h["status"] == status);
-                if begin.elapsed() + std::time::Duration::from_secs(1) > 2 * PATIENCE {
-                    eprintln!("last seen: {last}");
+                let list = nodes.as_ref().ok().and_then(Value::as_array);
+                let up = list.map(|l| l.iter().filter(|n| n["state"] == "up").count());
+                if health.as_ref().is_ok_and(|h| h["status"] == status) && up == Some(running.len())
+                {
+                    break;
                 }
-                (reached && up == Some(running.len())).then_some(())
-            });
+                assert!(
+                    begin.elapsed() < 2 * PATIENCE,
+                    "waited in vain for {} nodes up and status {status} at node {index}: {health:?}, {nodes:?}",
+                    running.len()
+                );
+                std::thread::sleep(Duration::from_millis(20));
+            }
         }
     }
 

@@ -118,7 +118,7 @@ impl Guest {
 
     /// Waits until the script has printed `text`; panics when the guest ends first.
     pub fn wait_for(&mut self, text: &str) {
-        eventually(&format!("guest to print {text:?}"), 2 * PATIENCE, || {
+        eventually(&format!("guest to print {text:?}"), 4 * PATIENCE, || {
             let ended = self.process.ended();
             let there = self.output().contains(text);
             assert!(
@@ -172,7 +172,7 @@ fn read_output(
 /// Directory with kernel and base image, built on first use.
 fn image() -> PathBuf {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/guest-image");
-    let made = run(script, [""; 0], 2 * PATIENCE);
+    let made = run(script, [""; 0], 4 * PATIENCE);
     assert_eq!(made.code, Some(0), "{script} failed: {}", made.stderr);
     PathBuf::from(made.stdout.trim())
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 /// Runs `qemu-img` with the arguments; it must succeed. Returns what it printed.
 pub fn qemu_img(args: &[&str]) -> String {
-    let done = run("qemu-img", args, 2 * PATIENCE);
+    let done = run("qemu-img", args, 4 * PATIENCE);
     assert_eq!(done.code, Some(0), "qemu-img {args:?}: {}{}", done.stdout, done.stderr);
     done.stdout
 }
@@ -19,7 +19,7 @@ pub fn try_qemu_io(uri: &str, commands: &[String]) -> Finished {
         args.extend(["-c".to_owned(), command.clone()]);
     }
     args.push(uri.to_owned());
-    run("qemu-io", args, 2 * PATIENCE)
+    run("qemu-io", args, 4 * PATIENCE)
 }
 
 /// As [`try_qemu_io`], but every command must succeed and every pattern must be found.

@@ -1,7 +1,7 @@
 //! Mistakes of operators: each gets a message that says what is wrong, exit code 1 or 2, and does no damage.
 
 use sheepdog_qemu_tests::{
-    Client, Cluster, Failure, Lab, binary, check_message, free_ports, run, sheep_refused,
+    Client, Cluster, Failure, Lab, PATIENCE, binary, check_message, free_ports, run, sheep_refused,
 };
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -91,7 +91,7 @@ fn unreachable_node_is_named() {
     let [port] = free_ports();
     let address = format!("127.0.0.1:{port}");
     let args = ["--node", &address, "cluster", "health"];
-    let done = run(binary("dog"), args, Duration::from_secs(60));
+    let done = run(binary("dog"), args, PATIENCE);
     let failure = Failure { code: done.code.unwrap(), message: done.stderr };
     check_message("dog without a node", &failure);
     names(&failure, &[&address]);

@@ -29,10 +29,10 @@ fn guest_writes_over_vhost_user_and_another_reads_over_nbd() {
     let server = StorageDaemon::start(&lab, &file, true);
     let mut guest = Guest::boot(&lab, "writer", &server.disk(), WRITE);
     guest.wait_for("blkcheck: writing");
-    guest.finish(2 * PATIENCE).expect_success();
+    guest.finish(4 * PATIENCE).expect_success();
     drop(server);
     let server = StorageDaemon::start(&lab, &file, false);
-    let output = Guest::boot(&lab, "reader", &server.disk(), CHECK).finish(2 * PATIENCE);
+    let output = Guest::boot(&lab, "reader", &server.disk(), CHECK).finish(4 * PATIENCE);
     assert!(output.expect_success().contains("0 wrong"));
 }
 
@@ -42,7 +42,7 @@ fn guest_failure_is_seen() {
     let server = StorageDaemon::start(&lab, &lab.path("disk.raw"), true);
     let script =
         "blkcheck write /dev/vda --count 50 --direct && blkcheck verify /dev/vda --flushed 51";
-    let result = Guest::boot(&lab, "guest", &server.disk(), script).finish(2 * PATIENCE);
+    let result = Guest::boot(&lab, "guest", &server.disk(), script).finish(4 * PATIENCE);
     assert_eq!(result.code, Some(1), "{}", result.output);
     assert!(result.output.contains("1 wrong"), "{}", result.output);
 }

@@ -8,7 +8,7 @@ fn kill_under_load(lab: &Lab, cluster: &mut Cluster, uri: &str, victim: usize, w
     let mut fio = Fio::start(lab, &format!("fio-{what}"), uri, 32, 1500);
     fio.wait_for_percent(15.0);
     cluster.kill(victim);
-    let result = fio.finish(3 * PATIENCE);
+    let result = fio.finish(4 * PATIENCE);
     assert_eq!(result.writes, 8192);
     println!(
         "{what}: longest write {:?}, longest read {:?}, of {} writes",
