@@ -27,6 +27,7 @@ pub struct Cli {
     #[arg(
         long,
         global = true,
+        help_heading = "Global options",
         env = "SHEEPDOG_NODE",
         value_name = "IP:PORT",
         default_value = "127.0.0.1:7000",
@@ -34,7 +35,7 @@ pub struct Cli {
     )]
     pub node: SocketAddr,
     /// Print the answer as one JSON document, for scripts.
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = "Global options")]
     pub json: bool,
     /// What to do.
     #[command(subcommand)]
@@ -45,16 +46,29 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// See how the cluster is.
-    #[command(subcommand, disable_help_subcommand = true)]
+    #[command(
+        subcommand,
+        disable_help_subcommand = true,
+        after_help = "Example:\n  dog cluster health"
+    )]
     Cluster(ClusterCommand),
     /// See the nodes and their disks.
-    #[command(subcommand, disable_help_subcommand = true)]
+    #[command(subcommand, disable_help_subcommand = true, after_help = "Example:\n  dog node list")]
     Node(NodeCommand),
     /// Create, see and delete volumes.
-    #[command(subcommand, visible_alias = "vdi", disable_help_subcommand = true)]
+    #[command(
+        subcommand,
+        visible_alias = "vdi",
+        disable_help_subcommand = true,
+        after_help = "Example:\n  dog volume create vm1 10G"
+    )]
     Volume(VolumeCommand),
     /// Serve volumes to QEMU and other clients, on the node that is asked.
-    #[command(subcommand, disable_help_subcommand = true)]
+    #[command(
+        subcommand,
+        disable_help_subcommand = true,
+        after_help = "Example:\n  dog export add vm1 --nbd 127.0.0.1:10809"
+    )]
     Export(ExportCommand),
 }
 
@@ -68,7 +82,8 @@ pub enum ClusterCommand {
     #[command(
         after_help = "Exits with 0 whenever the question was answered, whatever the answer; \
                       scripts read \"status\" of --json.\n\n\
-                      Example:\n  dog --json cluster health | jq -e '.status == \"ok\"'"
+                      Example:\n  dog cluster health\n  \
+                      dog --json cluster health | jq -e '.status == \"ok\"'"
     )]
     Health,
 }

@@ -108,7 +108,8 @@ mod tests {
     fn qemu_arguments() {
         let text = hint(&export("v", Protocol::VhostUser, "/run/v.sock"));
         assert!(text.contains(
-            "-chardev socket,id=c0,path=/run/v.sock,reconnect=1 -device vhost-user-blk-pci,chardev=c0\n"
+            "-chardev socket,id=c0,path=/run/v.sock,reconnect=1 \
+             -device vhost-user-blk-pci,chardev=c0\n"
         ));
         assert!(text.contains("-object memory-backend-memfd,id=mem,size=SIZE,share=on -machine"));
         let text = hint(&export("v", Protocol::VhostUser, "/a b,c'd"));

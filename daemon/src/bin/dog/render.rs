@@ -29,19 +29,26 @@ pub fn human(request: &Request, mut value: Value) -> serde_json::Result<String> 
     match request {
         Request::ClusterInfo => show(value, cluster_info),
         Request::ClusterHealth => show(value, health),
-        Request::NodeList => show(value, node_list),
+        Request::NodeList => show_list(value, node_list),
         Request::VolumeCreate { .. } => show(value, volume_created),
-        Request::VolumeList => show(value, volume_list),
+        Request::VolumeList => show_list(value, volume_list),
         Request::VolumeInfo { .. } => show(value, volume_info),
         Request::VolumeDelete { name } => Ok(format!("Deleted volume {}.\n", printable(name))),
         Request::ExportAdd { .. } => show(value, export_added),
-        Request::ExportList => show(value, export_list),
-        Request::ExportRemove { .. } => show(value, export_removed),
+        Request::ExportList => show_list(value, export_list),
+        Request::ExportRemove { .. } => show_list(value, export_removed),
     }
 }
 
 fn show<T: DeserializeOwned>(value: Value, text: fn(&T) -> String) -> serde_json::Result<String> {
     from_value(value).map(|answer| text(&answer))
+}
+
+fn show_list<T: DeserializeOwned>(
+    value: Value,
+    text: fn(&[T]) -> String,
+) -> serde_json::Result<String> {
+    from_value::<Vec<T>>(value).map(|answer| text(&answer))
 }
 
 /// `text` with control characters written out, but line feeds: a terminal obeys control
@@ -137,7 +144,7 @@ fn health(health: &Health) -> String {
 }
 
 /// Each line says everything about a disk and its node, for `grep`.
-fn node_list(nodes: &Vec<NodeInfo>) -> String {
+fn node_list(nodes: &[NodeInfo]) -> String {
     let mut table = Table::new([
         ("NODE", Align::Left),
         ("ADDRESS", Align::Left),
@@ -179,11 +186,11 @@ fn volume_created(volume: &VolumeInfo) -> String {
     let copies_text = if *copies == 1 { "copy" } else { "copies" };
     let size = format_size(*size);
     format!(
-        "Created volume {name}: {size}, {copies} {copies_text}, I/O goes on with {min_copies}.\n"
+        "Created volume {name}: {size}, {copies} {copies_text}, I/O needs at least {min_copies}.\n"
     )
 }
 
-fn volume_list(volumes: &Vec<VolumeInfo>) -> String {
+fn volume_list(volumes: &[VolumeInfo]) -> String {
     if volumes.is_empty() {
         return "No volumes. Create one with `dog volume create NAME SIZE`.\n".into();
     }
@@ -216,7 +223,7 @@ fn volume_info(volume: &VolumeInfo) -> String {
         ("Id", volume.id.to_string()),
         ("Size", format!("{} ({} bytes)", format_size(volume.size), volume.size)),
         ("Used", size_or_dash(volume.used)),
-        ("Copies", format!("{}, I/O goes on with {}", volume.copies, volume.min_copies)),
+        ("Copies", format!("{}, I/O needs at least {}", volume.copies, volume.min_copies)),
         ("Attached to", or_dash(volume.attached_to.as_ref())),
         ("Writer", volume.writer.to_string()),
         ("Created", format!("{} UTC", format_time(volume.created))),
@@ -252,7 +259,7 @@ fn export_added(export: &ExportInfo) -> String {
     text + "\n" + &hint(export)
 }
 
-fn export_list(exports: &Vec<ExportInfo>) -> String {
+fn export_list(exports: &[ExportInfo]) -> String {
     if exports.is_empty() {
         return "No exports on this node. Add one with `dog export add VOLUME`.\n".into();
     }
@@ -275,7 +282,7 @@ fn export_list(exports: &Vec<ExportInfo>) -> String {
     table.render()
 }
 
-fn export_removed(exports: &Vec<ExportInfo>) -> String {
+fn export_removed(exports: &[ExportInfo]) -> String {
     if exports.is_empty() {
         return "There was no such export on this node.\n".into();
     }

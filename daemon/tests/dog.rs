@@ -1,0 +1,456 @@
+//! The binary `dog` against nodes that answer as told. The examples of `docs/dog.md` are what the
+//! node answers and what `dog` must print, so they cannot be wrong either.
+
+#![allow(clippy::unwrap_used)] // a panic is how a test fails
+
+use serde_json::{Value, json};
+use std::fs::File;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::process::{Command, Output, Stdio};
+use std::thread::JoinHandle;
+
+const DOCS: &str = include_str!("../../docs/dog.md");
+const WELCOME: u8 = 0;
+const WRONG_VERSION: u8 = 1;
+const BUSY: u8 = 3;
+
+/// A node for one connection. What it says is written here byte by byte, not with the library's
+/// codec: both would be wrong together.
+struct FakeNode {
+    address: SocketAddr,
+    thread: JoinHandle<Option<Value>>,
+}
+
+impl FakeNode {
+    /// Talks to one client with `script`, which returns the request if it took one.
+    fn start(script: impl FnOnce(TcpStream) -> Option<Value> + Send + 'static) -> Self {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let thread = std::thread::spawn(move || script(listener.accept().unwrap().0));
+        Self { address, thread }
+    }
+
+    /// Says hello, takes a request and sends `frame`, then hangs up.
+    fn sending(frame: Vec<u8>) -> Self {
+        Self::start(move |mut stream| {
+            greet(&mut stream, 1, WELCOME);
+            let request = take_request(&mut stream);
+            stream.write_all(&frame).unwrap();
+            Some(request)
+        })
+    }
+
+    /// Answers a request with `response`.
+    fn answering(response: &Value) -> Self {
+        Self::sending(frame(response.to_string().as_bytes()))
+    }
+
+    /// Runs `dog` with `args` against this node; its output, and the request that the node got.
+    fn dog(self, args: &[&str]) -> (Output, Option<Value>) {
+        let output = dog(args).env("SHEEPDOG_NODE", self.address.to_string()).output().unwrap();
+        (output, self.thread.join().unwrap())
+    }
+}
+
+/// The answer to a hello, after a look at the hello.
+fn greet(stream: &mut TcpStream, version: u16, verdict: u8) {
+    let mut hello = [0; 32];
+    stream.read_exact(&mut hello).unwrap();
+    assert_eq!(hello[..16], *b"SHEEPDOG\x01\0\x02\0\0\0\0\0", "hello of a control connection");
+    let mut answer = *b"SHEEPDOG\0\0\0\0\0\0\0\0ccccccccnnnnnnnn";
+    answer[8..10].copy_from_slice(&version.to_le_bytes());
+    answer[10] = verdict;
+    stream.write_all(&answer).unwrap();
+}
+
+fn take_request(stream: &mut TcpStream) -> Value {
+    let mut head = [0; 5];
+    stream.read_exact(&mut head).unwrap();
+    assert_eq!(head[4], 2, "type of an administration request");
+    let len = u32::from_le_bytes([head[0], head[1], head[2], head[3]]) as usize;
+    let mut body = vec![0; len - 1];
+    stream.read_exact(&mut body).unwrap();
+    serde_json::from_slice(&body).unwrap()
+}
+
+fn frame(body: &[u8]) -> Vec<u8> {
+    let len = body.len() as u32 + 1;
+    [&len.to_le_bytes(), &[0][..], body].concat()
+}
+
+fn dog(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dog"));
+    command.args(args).env_remove("SHEEPDOG_NODE").stdin(Stdio::null());
+    command
+}
+
+/// A loopback address that refuses connections as long as the listener lives: its port is taken
+/// on another loopback address, so that nothing can listen on it everywhere.
+fn refusing() -> (TcpListener, SocketAddr) {
+    let holder = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let port = holder.local_addr().unwrap().port();
+    (holder, SocketAddr::from((Ipv4Addr::new(127, 83, 1, 2), port)))
+}
+
+fn stdout(output: &Output) -> &str {
+    std::str::from_utf8(&output.stdout).unwrap()
+}
+
+fn stderr(output: &Output) -> &str {
+    std::str::from_utf8(&output.stderr).unwrap()
+}
+
+/// `dog` failed with exit code 1, printed nothing, and said one line with all `parts` in it.
+#[track_caller]
+fn assert_failed(output: &Output, parts: &[&str]) {
+    let text = stderr(output);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert_eq!(stdout(output), "");
+    assert!(text.starts_with("dog: ") && text.lines().count() == 1, "{text:?}");
+    for part in parts {
+        assert!(text.contains(part), "{part:?} is not in {text:?}");
+    }
+}
+
+/// An example of the documentation.
+struct Example {
+    args: Vec<&'static str>,
+    human: &'static str,
+    json: Value,
+}
+
+/// Every console block that begins with `$ dog`, with the JSON block that follows it.
+fn examples() -> Vec<Example> {
+    let mut examples = Vec::new();
+    for part in DOCS.split("```console\n$ dog ").skip(1) {
+        let (line, rest) = part.split_once('\n').unwrap();
+        let (human, rest) = rest.split_once("```\n").unwrap();
+        let json = rest.strip_prefix("\n```json\n").expect(line).split_once("```\n").unwrap().0;
+        let json = serde_json::from_str(json).unwrap_or_else(|error| panic!("{line}: {error}"));
+        examples.push(Example { args: line.split(' ').collect(), human, json });
+    }
+    examples
+}
+
+/// The requests of the examples, as `docs/protocol.md` has them.
+fn expected_request(args: &[&str]) -> Value {
+    let add = |protocol: &str, address: &str| {
+        let volume = "vm1";
+        json!({"command": "export-add", "volume": volume, "protocol": protocol, "address": address})
+    };
+    match args.join(" ").as_str() {
+        "cluster info" => json!({"command": "cluster-info"}),
+        "cluster health" => json!({"command": "cluster-health"}),
+        "node list" => json!({"command": "node-list"}),
+        "volume create vm1 10G" => json!({"command": "volume-create", "name": "vm1",
+            "size": 10_737_418_240_u64, "copies": null, "min_copies": null}),
+        "volume list" => json!({"command": "volume-list"}),
+        "volume info vm1" => json!({"command": "volume-info", "name": "vm1"}),
+        "volume delete vm1" => json!({"command": "volume-delete", "name": "vm1"}),
+        "export add vm1 --nbd /run/sheepdog/vm1.nbd" => add("nbd", "/run/sheepdog/vm1.nbd"),
+        "export add vm1 --nbd 10.0.0.5:10809" => add("nbd", "10.0.0.5:10809"),
+        "export add vm1 --vhost-user /run/sheepdog/vm1.sock" => {
+            add("vhost-user", "/run/sheepdog/vm1.sock")
+        }
+        "export list" => json!({"command": "export-list"}),
+        "export remove vm1 --vhost-user" => json!({"command": "export-remove", "volume": "vm1",
+            "protocol": "vhost-user", "address": null}),
+        other => panic!("no request is known for the documented example {other:?}"),
+    }
+}
+
+#[test]
+fn documented_examples_are_what_people_see() {
+    let examples = examples();
+    assert_eq!(examples.len(), 12, "every command has an example, export add three");
+    for Example { args, human, json } in examples {
+        let (output, request) = FakeNode::answering(&json!({"ok": json})).dog(&args);
+        assert_eq!(request, Some(expected_request(&args)));
+        assert_eq!((stdout(&output), stderr(&output)), (human, ""), "{args:?}");
+        assert_eq!(output.status.code(), Some(0));
+    }
+}
+
+#[test]
+fn documented_examples_are_what_scripts_see() {
+    for Example { args, json, .. } in examples() {
+        let args = [&["--json"], args.as_slice()].concat();
+        let (output, request) = FakeNode::answering(&json!({"ok": json})).dog(&args);
+        assert_eq!(request, Some(expected_request(&args[1..])));
+        assert_eq!(serde_json::from_str::<Value>(stdout(&output)).unwrap(), json, "{args:?}");
+        assert!(stdout(&output).ends_with('\n') && stderr(&output).is_empty());
+        assert_eq!(output.status.code(), Some(0));
+    }
+}
+
+#[test]
+fn documented_examples_are_what_the_library_promises() {
+    use sheepdog::api::{ClusterInfo, ExportInfo, Health, NodeInfo, VolumeInfo};
+    fn same<T: serde::de::DeserializeOwned + serde::Serialize>(json: &Value) {
+        let typed: T = serde_json::from_value(json.clone()).unwrap();
+        assert_eq!(serde_json::to_value(typed).unwrap(), *json);
+    }
+    for Example { args, json, .. } in examples() {
+        match args[..2] {
+            ["cluster", "info"] => same::<ClusterInfo>(&json),
+            ["cluster", "health"] => same::<Health>(&json),
+            ["node", "list"] => same::<Vec<NodeInfo>>(&json),
+            ["volume", "create" | "info"] => same::<VolumeInfo>(&json),
+            ["volume", "list"] => same::<Vec<VolumeInfo>>(&json),
+            ["volume", "delete"] => assert_eq!(json, Value::Null),
+            ["export", "add"] => same::<ExportInfo>(&json),
+            ["export", "list" | "remove"] => same::<Vec<ExportInfo>>(&json),
+            _ => panic!("no type is known for the documented example {args:?}"),
+        }
+    }
+}
+
+#[test]
+fn options_of_a_command_reach_the_node() {
+    let error = json!({"error": "no"});
+    let create = ["volume", "create", "v", "1.5K", "--copies", "2", "--min-copies", "1"];
+    let (_, request) = FakeNode::answering(&error).dog(&create);
+    let expected = json!({"command": "volume-create", "name": "v", "size": 1536, "copies": 2,
+        "min_copies": 1});
+    assert_eq!(request, Some(expected));
+    for (args, protocol, address) in [
+        (&[][..], json!(null), json!(null)),
+        (&["--nbd"], json!("nbd"), json!(null)),
+        (&["--nbd", "[::1]:10809"], json!("nbd"), json!("[::1]:10809")),
+        (&["--vhost-user", "/s"], json!("vhost-user"), json!("/s")),
+    ] {
+        let args = [&["export", "remove", "v"], args].concat();
+        let (_, request) = FakeNode::answering(&error).dog(&args);
+        let expected = json!({"command": "export-remove", "volume": "v", "protocol": protocol,
+                              "address": address});
+        assert_eq!(request, Some(expected));
+    }
+}
+
+#[test]
+fn relative_sockets_are_sent_as_absolute_paths() {
+    let dir = tempfile::tempdir().unwrap();
+    let here = dir.path().canonicalize().unwrap();
+    for option in ["--nbd", "--vhost-user"] {
+        let node = FakeNode::answering(&json!({"error": "no"}));
+        dog(&["export", "add", "v", option, "./sub/a:b"])
+            .current_dir(&here)
+            .env("SHEEPDOG_NODE", node.address.to_string())
+            .output()
+            .unwrap();
+        let request = node.thread.join().unwrap().unwrap();
+        assert_eq!(request["address"], json!(here.join("sub/a:b")));
+    }
+}
+
+#[test]
+fn the_node_is_chosen_by_option_before_environment() {
+    let (_holder, refused) = refusing();
+    let volumes = json!({"ok": []});
+    for place in 0..3 {
+        let node = FakeNode::answering(&volumes);
+        let address = node.address.to_string();
+        let mut args = vec!["vdi", "list"];
+        args.splice(place..place, ["--node", &address]);
+        let output = dog(&args).env("SHEEPDOG_NODE", refused.to_string()).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{args:?}: {}", stderr(&output));
+        assert_eq!(node.thread.join().unwrap(), Some(json!({"command": "volume-list"})));
+    }
+}
+
+#[test]
+fn json_stands_anywhere_and_passes_through_the_unknown() {
+    let answer = json!([{"later": {"release": [1, null, 18_446_744_073_709_551_615_u64]}}]);
+    for args in [["--json", "node", "list"], ["node", "--json", "list"], ["node", "list", "--json"]]
+    {
+        let (output, _) = FakeNode::answering(&json!({"ok": answer})).dog(&args);
+        assert_eq!(serde_json::from_str::<Value>(stdout(&output)).unwrap(), answer);
+    }
+}
+
+#[test]
+fn errors_of_the_node_are_shown_as_it_says_them() {
+    for args in [&["volume", "delete", "v"][..], &["--json", "volume", "delete", "v"]] {
+        let node = FakeNode::answering(&json!({"error": "volume v is attached; \u{1b}[1m detach"}));
+        let (output, _) = node.dog(args);
+        assert_failed(&output, &[r"volume v is attached; \u{1b}[1m detach"]);
+    }
+}
+
+#[test]
+fn health_is_answered_with_0_however_bad() {
+    let health = json!({"status": "unavailable", "epoch": 1, "reasons": ["first", "second"],
+        "slots": {"total": 3, "complete": 1, "degraded": 0, "waiting": 2}});
+    let (output, _) = FakeNode::answering(&json!({"ok": health})).dog(&["cluster", "health"]);
+    assert_eq!(output.status.code(), Some(0));
+    assert!(stdout(&output).contains("unavailable"));
+    assert!(stdout(&output).ends_with("\n\n- first\n- second\n"));
+}
+
+#[test]
+fn refused_connections_name_the_node_and_the_way_out() {
+    let (_holder, refused) = refusing();
+    let refused = refused.to_string();
+    let output = dog(&["volume", "delete", "v", "--node", &refused]).output().unwrap();
+    assert_failed(
+        &output,
+        &[&refused, "connection refused", "nothing was changed", "--node IP:PORT", "SHEEPDOG_NODE"],
+    );
+}
+
+#[test]
+fn other_ends_that_are_no_node_of_this_release_are_named() {
+    for (version, verdict, parts) in [
+        (9, WRONG_VERSION, ["version 9", "same release"]),
+        (9, WELCOME, ["version 9", "same release"]),
+        (1, BUSY, ["too many connections", "try again"]),
+    ] {
+        let node = FakeNode::start(move |mut stream| {
+            greet(&mut stream, version, verdict);
+            None
+        });
+        let (output, _) = node.dog(&["volume", "delete", "v"]);
+        assert_failed(&output, &parts);
+        assert_failed(&output, &["nothing was changed"]);
+    }
+    let web = FakeNode::start(|mut stream| {
+        stream.read_exact(&mut [0; 32]).unwrap();
+        stream.write_all(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n").unwrap();
+        None
+    });
+    let (output, _) = web.dog(&["volume", "list"]);
+    assert_failed(&output, &["does not speak Sheepdog's protocol", "nothing was changed"]);
+}
+
+#[test]
+fn a_node_that_hangs_up_at_once_was_not_asked() {
+    let node = FakeNode::start(|mut stream| {
+        stream.read_exact(&mut [0; 32]).unwrap();
+        None
+    });
+    let (output, _) = node.dog(&["volume", "delete", "v"]);
+    assert_failed(&output, &["closed the connection", "nothing was changed"]);
+}
+
+#[test]
+fn a_broken_connection_leaves_orders_in_doubt_and_questions_not() {
+    let whole = frame(json!({"ok": null}).to_string().as_bytes());
+    // Before the answer, within its length, within its body.
+    for cut in [0, 2, whole.len() - 1] {
+        let (output, _) = FakeNode::sending(whole[..cut].to_vec()).dog(&["volume", "delete", "v"]);
+        assert_failed(
+            &output,
+            &["closed the connection", "may have been carried out", "dog volume list"],
+        );
+        let (output, _) = FakeNode::sending(whole[..cut].to_vec()).dog(&["volume", "info", "v"]);
+        assert_failed(&output, &["closed the connection", "nothing was changed"]);
+    }
+}
+
+#[test]
+fn answers_without_sense_are_failures() {
+    for nonsense in [
+        frame(b"not json"),
+        frame(b"{\"neither\": 1}"),
+        frame(b""),
+        0_u32.to_le_bytes().to_vec(),
+        u32::MAX.to_le_bytes().to_vec(),
+    ] {
+        let (output, _) = FakeNode::sending(nonsense).dog(&["volume", "create", "v", "1G"]);
+        assert_failed(&output, &["may have been carried out"]);
+    }
+}
+
+#[test]
+fn answers_of_another_type_are_failures_for_people_only() {
+    let answer = json!({"ok": {"surprise": 1}});
+    let (output, _) = FakeNode::answering(&answer).dog(&["volume", "create", "v", "1G"]);
+    assert_failed(&output, &["missing field", "the request was carried out", "release"]);
+    let (output, _) = FakeNode::answering(&answer).dog(&["volume", "info", "v"]);
+    assert_failed(&output, &["missing field", "nothing was changed", "--json"]);
+    let (output, _) = FakeNode::answering(&answer).dog(&["--json", "volume", "info", "v"]);
+    assert_eq!(serde_json::from_str::<Value>(stdout(&output)).unwrap(), json!({"surprise": 1}));
+}
+
+#[test]
+fn a_reader_that_left_is_no_failure() {
+    for args in [&["volume", "list"][..], &["--json", "volume", "list"]] {
+        let node = FakeNode::answering(&json!({"ok": []}));
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = dog(args)
+            .env("SHEEPDOG_NODE", node.address.to_string())
+            .stdout(writer)
+            .stderr(Stdio::piped())
+            .output()
+            .unwrap();
+        assert_eq!((output.status.code(), stderr(&output)), (Some(0), ""));
+        node.thread.join().unwrap();
+    }
+}
+
+#[test]
+fn an_answer_that_cannot_be_written_is_a_failure() {
+    let node = FakeNode::answering(&json!({"ok": null}));
+    let output = dog(&["volume", "delete", "v"])
+        .env("SHEEPDOG_NODE", node.address.to_string())
+        .stdout(File::options().write(true).open("/dev/full").unwrap())
+        .stderr(Stdio::piped())
+        .output()
+        .unwrap();
+    assert_failed(&output, &["standard output", "No space left", "the request was carried out"]);
+    node.thread.join().unwrap();
+}
+
+#[test]
+fn wrong_usage_exits_with_2_and_asks_no_node() {
+    let node = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    node.set_nonblocking(true).unwrap();
+    for (line, part) in [
+        ("", "Usage"),
+        ("volume", "Usage"),
+        ("volume grow v", "grow"),
+        ("volume create v", "<SIZE>"),
+        ("volume create v 5X", "'5X' has an unknown unit: write a size like 10G"),
+        ("volume create v 99999999P", "larger than 2^64 bytes"),
+        ("volume create v 10G --copies 0", "--copies"),
+        ("export add v", "--nbd"),
+        ("export add v --nbd /a --vhost-user /b", "cannot be used with"),
+        ("export add v --nbd localhost:10809", "host names are not looked up"),
+        ("export add v --vhost-user 127.0.0.1:10809", "path of a Unix socket"),
+        ("export remove v --nbd --vhost-user", "cannot be used with"),
+        ("volume list --node localhost:7000", "host names are not looked up"),
+    ] {
+        let args: Vec<_> = line.split_whitespace().collect();
+        let address = node.local_addr().unwrap().to_string();
+        let output = dog(&args).env("SHEEPDOG_NODE", address).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{line}");
+        assert_eq!(stdout(&output), "", "{line}");
+        assert!(stderr(&output).contains(part), "{line}: {part:?} is not in {}", stderr(&output));
+    }
+    assert_eq!(node.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
+}
+
+#[test]
+fn a_wrong_environment_is_wrong_usage() {
+    let output = dog(&["volume", "list"]).env("SHEEPDOG_NODE", "node1").output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("'node1'") && stderr(&output).contains("IP:PORT"));
+}
+
+#[test]
+fn every_command_explains_itself_with_an_example() {
+    let mut lines: Vec<String> = vec![String::new()];
+    for Example { args, .. } in examples() {
+        lines.extend([args[0].to_string(), args[..2].join(" ")]);
+    }
+    for line in lines {
+        let args: Vec<_> = line.split_whitespace().chain(["--help"]).collect();
+        let output = dog(&args).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{line}");
+        let text = stdout(&output);
+        assert!(text.contains("--node") && text.contains("SHEEPDOG_NODE"), "{line}: {text}");
+        assert!(text.contains(&format!("Example:\n  dog {line}")), "{line}: {text}");
+    }
+}
