@@ -1,1 +1,110 @@
-//! t
+//! I10, I11: a full log waits or says so, a full or failing disk refuses changes and goes on
+//! reading, and comes back.
+
+use rustix::io::Errno;
+
+use super::sim::SimMedium;
+use super::support::{Model, Op, check_equal, key, new_sim, open_sim, version};
+use crate::error::WriteError;
+
+fn write(index: u32, seq: u64, tags: &[u64]) -> Op {
+    let tags = tags.to_vec();
+    Op::Write { key: key(1, index, 0), version: version(1, seq), first: 0, tags }
+}
+
+fn apply(engine: &crate::engine::Engine, model: &mut Model, op: &Op) -> Result<(), WriteError> {
+    op.apply_to_store(engine, model)?;
+    op.apply_to_model(model);
+    Ok(())
+}
+
+#[test]
+fn i11_a_full_data_file_refuses_writes_keeps_reading_and_recovers() {
+    let medium = SimMedium::default();
+    let mut engine = new_sim(&medium);
+    let mut model = Model::new();
+    apply(&engine, &mut model, &write(0, 1, &[1, 2, 3])).unwrap();
+    engine.checkpoint().unwrap();
+    medium.set_fault(Some(("data", Errno::NOSPC)));
+    let mut seq = 1;
+    let refusal = loop {
+        seq += 1;
+        if let Err(error) = apply(&engine, &mut model, &write(0, seq, &[seq, seq, seq])) {
+            break error;
+        }
+        assert!(seq < 100, "the log is bounded");
+    };
+    assert_eq!(refusal, WriteError::NoSpace);
+    check_equal(&engine, &model).unwrap();
+    // New blocks are refused too, and a restart changes nothing.
+    let new = write(1, 1, &[7]);
+    assert_eq!(apply(&engine, &mut model, &new), Err(WriteError::NoSpace));
+    engine.sync_log().unwrap();
+    drop(engine);
+    engine = open_sim(&medium).unwrap();
+    check_equal(&engine, &model).unwrap();
+    // A deletion still has room in the log, and gives space.
+    apply(&engine, &mut model, &Op::Delete { key: key(1, 0, 0) }).unwrap();
+    medium.set_fault(None);
+    engine.checkpoint().unwrap();
+    apply(&engine, &mut model, &new).unwrap();
+    check_equal(&engine, &model).unwrap();
+    drop(engine);
+    check_equal(&open_sim(&medium).unwrap(), &model).unwrap();
+}
+
+#[test]
+fn i11_an_interrupted_checkpoint_leaves_nothing_that_a_later_one_trips_over() {
+    let medium = SimMedium::default();
+    let mut engine = new_sim(&medium);
+    let mut model = Model::new();
+    for failing in ["data", "sums", "index"] {
+        for index in 0..3 {
+            let at = model.get(&key(1, index, 0)).map_or(0, |layer| layer.version.seq);
+            apply(&engine, &mut model, &write(index, at + 1, &[at + 10, 5])).unwrap();
+        }
+        medium.set_fault(Some((failing, Errno::IO)));
+        engine.checkpoint().unwrap_err();
+        check_equal(&engine, &model).unwrap();
+        medium.set_fault(None);
+        // The layer that had a new slab in the failed checkpoint is not in the next one.
+        apply(&engine, &mut model, &Op::Delete { key: key(1, 2, 0) }).unwrap();
+        engine.checkpoint().unwrap();
+        drop(engine);
+        engine = open_sim(&medium).unwrap();
+        check_equal(&engine, &model).unwrap();
+    }
+}
+
+#[test]
+fn i11_a_log_that_fails_takes_no_more_writes_and_reads_go_on() {
+    let medium = SimMedium::default();
+    let engine = new_sim(&medium);
+    let mut model = Model::new();
+    apply(&engine, &mut model, &write(0, 1, &[1, 2, 3])).unwrap();
+    engine.sync_log().unwrap();
+    medium.set_fault(Some(("log/", Errno::IO)));
+    let error = write(0, 2, &[4]).apply_to_store(&engine, &model).unwrap_err();
+    assert!(matches!(error, WriteError::Failed(_)), "{error}");
+    // The disk answers again, but what it lost meanwhile is not known.
+    medium.set_fault(None);
+    let error = write(0, 2, &[4]).apply_to_store(&engine, &model).unwrap_err();
+    assert!(matches!(error, WriteError::Failed(_)), "{error}");
+    check_equal(&engine, &model).unwrap();
+}
+
+#[test]
+fn a_failed_sync_is_told_and_never_tried_again() {
+    let medium = SimMedium::default();
+    let engine = new_sim(&medium);
+    let mut model = Model::new();
+    apply(&engine, &mut model, &write(0, 1, &[1])).unwrap();
+    medium.set_fault(Some(("log/", Errno::IO)));
+    engine.sync_log().unwrap_err();
+    medium.set_fault(None);
+    let syncs = medium.syncs();
+    engine.sync_log().unwrap_err();
+    engine.checkpoint().unwrap_err();
+    assert_eq!(medium.syncs(), syncs);
+    check_equal(&engine, &model).unwrap();
+}
