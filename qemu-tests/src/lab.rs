@@ -66,7 +66,8 @@ fn show_tail(log: &Path) {
     let lines: Vec<_> = text.lines().collect();
     eprintln!("--- {} (last {LINES} of {} lines)", log.display(), lines.len());
     for line in &lines[lines.len().saturating_sub(LINES)..] {
-        eprintln!("{line}");
+        // A daemon may have logged what it was sent.
+        eprintln!("{}", line.chars().take(400).collect::<String>());
     }
 }
 

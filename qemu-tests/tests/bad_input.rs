@@ -236,10 +236,20 @@ fn newer_format_is_refused_and_left_alone() {
     let lab = Lab::new("bad-format");
     let mut cluster = Cluster::start(&lab, 1);
     assert!(cluster.terminate(0).success());
+    let address = cluster.address(0);
+
+    let identity = cluster.dir(0).join("node.json");
+    let good = fs::read(&identity).unwrap();
+    let mut newer: serde_json::Value = serde_json::from_slice(&good).unwrap();
+    newer["format"] = 77.into();
+    let newer = serde_json::to_vec(&newer).unwrap();
+    refused_and_unchanged(&cluster, &address, &identity, &newer);
+    fs::write(&identity, &good).unwrap();
+
+    // docs/on-disk.md: two copies in sectors at 0 and 4096; version at byte 8, CRC-32C in the last four bytes.
     let superblocks = find(cluster.dir(0), "superblock");
     assert_eq!(superblocks.len(), 1, "{superblocks:?}");
     let good = fs::read(&superblocks[0]).unwrap();
-    // docs/on-disk.md: two copies in sectors at 0 and 4096; version at byte 8, CRC-32C in the last four bytes.
     let mut newer = good.clone();
     for copy in [0, 4096] {
         let sector = &mut newer[copy..copy + 512];
@@ -247,15 +257,20 @@ fn newer_format_is_refused_and_left_alone() {
         let crc = crc32c::crc32c(&sector[..508]);
         sector[508..].copy_from_slice(&crc.to_le_bytes());
     }
-    fs::write(&superblocks[0], &newer).unwrap();
-    let address = cluster.address(0);
-    let refused = sheep_refused(&["--dir", text(cluster.dir(0)), "--listen", &address]);
-    names(&refused, &["77"]);
-    assert!(fs::read(&superblocks[0]).unwrap() == newer, "the superblock was changed");
-
+    refused_and_unchanged(&cluster, &address, &superblocks[0], &newer);
     fs::write(&superblocks[0], &good).unwrap();
+
     cluster.restart(0);
     cluster.wait_healthy();
+}
+
+/// With `newer` in `file`, `sheep` names the version it does not know and leaves the file as it is.
+fn refused_and_unchanged(cluster: &Cluster, address: &str, file: &Path, newer: &[u8]) {
+    fs::write(file, newer).expect("the lab's files can be written");
+    let refused = sheep_refused(&["--dir", text(cluster.dir(0)), "--listen", address]);
+    names(&refused, &["77"]);
+    let now = fs::read(file).expect("the file is still there");
+    assert!(now == newer, "{} was changed", file.display());
 }
 
 #[test]
