@@ -188,8 +188,8 @@ fn nonsense_configurations_are_refused() {
 mod with_virtio_driver {
     use super::*;
     use virtio_driver::{
-        VhostUser, VirtioBlkConfig, VirtioBlkQueue, VirtioBlkReqBuf, VirtioBlkTransport,
-        VirtioFeatureFlags,
+        VhostUser, VirtioBlkConfig, VirtioBlkFeatureFlags, VirtioBlkQueue, VirtioBlkReqBuf,
+        VirtioBlkTransport, VirtioFeatureFlags,
     };
 
     const BLOCK: usize = 4096;
@@ -227,8 +227,7 @@ mod with_virtio_driver {
         let _server = setup.start();
         let features = VirtioFeatureFlags::VERSION_1.bits()
             | VirtioFeatureFlags::RING_EVENT_IDX.bits()
-            | !0xFF_FFFF_FFFF
-            | 0xFFFF;
+            | VirtioBlkFeatureFlags::all().bits();
         let path = setup.path();
         let mut transport: Box<VirtioBlkTransport> = Box::new(
             VhostUser::<VirtioBlkConfig, VirtioBlkReqBuf>::new(path.to_str().unwrap(), features)
