@@ -200,6 +200,16 @@ pub trait ClusterLog: Send + Sync + 'static {
     /// background. On other nodes it has no effect until they lead.
     fn reconcile_members(&self, up: &[u64]);
 
+    /// Tells the driver that the process of `leader` is known to be dead, so that another takes
+    /// over at once instead of after [`Options::election_timeout`](crate::Options). To be called
+    /// on every member that knows; it has an effect only where that node is the known leader,
+    /// and there is one member that takes over.
+    ///
+    /// It must be certain: a refused connection from a live host, or a new incarnation. A leader
+    /// wrongly declared dead is deposed, and its lease does not protect it. The log itself stays
+    /// correct in any case.
+    fn leader_died(&self, leader: u64) -> BoxFuture<'_, ()>;
+
     /// Stops taking part and releases the files. Calls made afterwards fail.
     fn shutdown(&self) -> BoxFuture<'_, ()>;
 }

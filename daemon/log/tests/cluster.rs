@@ -88,6 +88,25 @@ async fn the_others_go_on_when_the_leader_dies() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_known_to_be_dead_is_followed_at_once() {
+    // By itself nobody would stand for election before the test gives up.
+    let timeout = (Duration::from_secs(500), Duration::from_secs(1000));
+    let mut cluster = Cluster::of(3, Options { election_timeout: timeout, ..options() }).await;
+    cluster.propose(3, "command 0").await;
+    // Nobody falls for the name of another.
+    cluster.log(2).leader_died(3).await;
+    assert_eq!(cluster.node(2).status().leader, Some(1));
+    cluster.stop(1).await;
+    for id in [3, 2] {
+        cluster.log(id).leader_died(1).await;
+    }
+    cluster.until(2, "leads", |status| status.is_leader).await;
+    cluster.propose(3, "command 1").await;
+    eventually("it may decide", || cluster.log(2).is_confirmed_leader()).await;
+    cluster.until_applied(3, &commands(0..2)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restart_in_any_order_keeps_what_was_committed() {
     let mut cluster = Cluster::of(3, options()).await;
     let orders = [[1, 2, 3], [3, 1, 2], [2, 3, 1]];

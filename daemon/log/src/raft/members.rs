@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::{ChangeMembershipError, ClientWriteError, RaftError};
+use openraft::raft::TransferLeaderRequest;
 use openraft::{BasicNode, Instant as _, LogIdOptionExt, Membership, ServerState};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
@@ -152,6 +153,28 @@ impl Shared {
             }
         }
         busy()
+    }
+
+    /// Stands for election at once, without regard to the lease of the dead `leader`, if this
+    /// node is the one to do so: two that stand at the same time would share the votes.
+    pub async fn take_over(&self, leader: u64) {
+        let metrics = self.metrics();
+        let up = self.up.borrow().clone();
+        let is_up = |node: &u64| up.as_ref().is_none_or(|up| up.contains(node));
+        let membership = &metrics.membership_config;
+        let heir = membership.voter_ids().find(|node| *node != leader && is_up(node));
+        if metrics.current_leader != Some(leader) || heir != Some(self.id) {
+            return;
+        }
+        tracing::info!(leader, "the leader of the cluster log has died, taking over");
+        // As if the leader had handed over with its last breath.
+        let transfer = TransferLeaderRequest::new(metrics.vote, self.id, metrics.last_applied);
+        match self.raft.handle_transfer_leader(transfer).await {
+            Ok(Ok(())) => {}
+            // The ordinary election follows all the same.
+            Ok(Err(error)) => tracing::info!(%error, "did not take over"),
+            Err(error) => tracing::info!(%error, "did not take over"),
+        }
     }
 
     /// Promotes and replaces voters while this node leads.

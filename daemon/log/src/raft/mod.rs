@@ -225,6 +225,10 @@ impl ClusterLog for RaftLog {
         });
     }
 
+    fn leader_died(&self, leader: u64) -> BoxFuture<'_, ()> {
+        Box::pin(self.shared.take_over(leader))
+    }
+
     fn shutdown(&self) -> BoxFuture<'_, ()> {
         Box::pin(async move {
             self.abort_tasks();
