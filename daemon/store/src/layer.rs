@@ -254,11 +254,17 @@ impl LayerState {
 
     /// Blocks of `first..end` that hold data now.
     pub(crate) fn data_in(&self, first: u16, end: u16) -> u16 {
-        self.count_in(first, end, BlockState::Data)
+        self.count_in(first, end).0
     }
 
-    fn count_in(&self, first: u16, end: u16, state: BlockState) -> u16 {
-        (first..end).filter(|&block| self.locate(block).state() == state).count() as u16
+    /// Data and zero blocks in `first..end`.
+    fn count_in(&self, first: u16, end: u16) -> (u16, u16) {
+        let states = (first..end).map(|block| self.locate(block).state());
+        states.fold((0, 0), |(data, zero), state| match state {
+            BlockState::Absent => (data, zero),
+            BlockState::Data => (data + 1, zero),
+            BlockState::Zero => (data, zero + 1),
+        })
     }
 
     /// Changes the blocks `first..end` to `entries`, all in the state `state`. True if the layer
@@ -270,8 +276,9 @@ impl LayerState {
         (first, end, state): (u16, u16, BlockState),
         entries: impl Iterator<Item = Entry>,
     ) -> bool {
-        self.data_blocks -= self.count_in(first, end, BlockState::Data);
-        self.zero_blocks -= self.count_in(first, end, BlockState::Zero);
+        let (data, zero) = self.count_in(first, end);
+        self.data_blocks -= data;
+        self.zero_blocks -= zero;
         match state {
             BlockState::Data => self.data_blocks += end - first,
             BlockState::Zero => self.zero_blocks += end - first,
