@@ -25,7 +25,6 @@ pub(crate) fn run(link: &Arc<Link>, shared: &Shared, gate: Gate) {
     let deadline = Instant::now() + shared.limits.handshake;
     let greeter = Greeter { link, deadline, gate };
     if let Some(agreed) = greeter.handshake(shared, &mut input) {
-        link.entered(&agreed.name);
         Session::new(link, shared, agreed, input).run();
     }
 }
@@ -72,6 +71,10 @@ impl Greeter<'_> {
         loop {
             let gate = if self.link.stopping() { Gate::Stopping } else { self.gate };
             let step = machine.handle(input, &*shared.exports, gate, &mut out);
+            if let Step::Transmission(agreed) = &step {
+                // Before the client knows, so that it is counted from then on.
+                self.link.entered(&agreed.name);
+            }
             self.send(&mut out)?;
             match step {
                 Step::NeedInput => self.receive(input)?,

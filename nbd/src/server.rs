@@ -322,7 +322,7 @@ fn wait(shared: &Shared, listener: Option<&Listener>) {
 /// Starts a thread for an accepted connection, or refuses it.
 fn admit(shared: &Arc<Shared>, socket: OwnedFd) -> io::Result<()> {
     let mut registry = shared.registry();
-    let others = registry.members.len();
+    let others = registry.members.len() - registry.ended.len();
     let max = shared.limits.max_connections;
     let gate = if others < max { Gate::Open } else { Gate::Full };
     if others >= max + REFUSED_POLITELY {

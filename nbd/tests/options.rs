@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use common::client::{ACK, Client, EPERM, READ, WRITE, info_data};
 use common::memory::{Fixed, Memory};
-use common::{Dir, Random, serve};
+use common::{Dir, Random, limits, serve, until};
 use sheepdog_nbd::{Limits, Server, ServerHandle};
 use sheepdog_types::Block;
 
@@ -23,7 +23,7 @@ const TOO_BIG: u32 = 0x8000_0009;
 
 fn two() -> (ServerHandle, Dir) {
     let (a, b): (Arc<dyn Block>, Arc<dyn Block>) = (Memory::new(1 << 20), Memory::with(4096, true));
-    serve(Arc::new(Fixed(vec![("a".into(), a), ("b".into(), b)])), Limits::default())
+    serve(Arc::new(Fixed(vec![("a".into(), a), ("b".into(), b)])), limits())
 }
 
 #[test]
@@ -42,7 +42,7 @@ fn list_names_every_export() {
 fn names_that_the_protocol_forbids_are_not_sent() {
     let exports = ["n".repeat(4097), "nul\0".into(), "n".repeat(4096)];
     let exports = exports.map(|name| (name, Memory::new(16) as Arc<dyn Block>));
-    let (server, _dir) = serve(Arc::new(Fixed(exports.into())), Limits::default());
+    let (server, _dir) = serve(Arc::new(Fixed(exports.into())), limits());
     let replies = Client::hello(server.local_addr()).option_all(3, b"");
     assert_eq!(replies.iter().map(|reply| reply.data.len()).collect::<Vec<_>>(), [4100, 0]);
 }
@@ -106,7 +106,7 @@ fn unavailable_exports_say_why() {
 
 #[test]
 fn info_answers_what_was_asked_and_go_the_same() {
-    let (server, _dir) = serve(Fixed::one("only", Memory::new(5000)), Limits::default());
+    let (server, _dir) = serve(Fixed::one("only", Memory::new(5000)), limits());
     let mut client = Client::hello(server.local_addr());
     assert_eq!(client.option(8, b"").kind, ACK);
     let replies = client.option_all(6, &info_data("", &[3, 1, 99, 2, 1]));
@@ -168,7 +168,7 @@ fn unknown_client_flags_close() {
 
 #[test]
 fn too_many_clients_are_told_so() {
-    let limits = Limits { max_connections: 2, ..Limits::default() };
+    let limits = Limits { max_connections: 2, ..limits() };
     let (server, _dir) = serve(Fixed::one("a", Memory::new(4096)), limits);
     let mut first = Client::go(server.local_addr(), "a", false);
     let _half_open = Client::hello(server.local_addr());
@@ -187,29 +187,25 @@ fn too_many_clients_are_told_so() {
     drop((third, polite));
     first.put(&common::client::request_bytes(2, 0, 1, 0, 0));
     first.assert_closed();
-    while server.connections() > 1 {
-        std::thread::yield_now();
-    }
+    until(|| server.connections() <= 1);
     Client::go(server.local_addr(), "a", false);
 }
 
 #[test]
 fn a_client_that_does_not_finish_its_handshake_is_dropped() {
-    let limits = Limits { handshake: Duration::from_millis(50), ..Limits::default() };
+    let limits = Limits { handshake: Duration::from_millis(50), ..limits() };
     let (server, _dir) = serve(Fixed::one("a", Memory::new(4096)), limits);
     let mut silent = Client::connect(server.local_addr());
     let mut slow = Client::hello(server.local_addr());
     slow.put(b"IHAVE");
     silent.assert_closed();
     slow.assert_closed();
-    while server.connections() > 0 {
-        std::thread::yield_now();
-    }
+    until(|| server.connections() == 0);
 }
 
 #[test]
 fn a_client_that_reads_no_answers_cannot_pile_them_up() {
-    let limits = Limits { handshake: Duration::from_millis(300), ..Limits::default() };
+    let limits = Limits { handshake: Duration::from_millis(300), ..limits() };
     let exports: Vec<(String, Arc<dyn Block>)> = (0..200)
         .map(|i| (format!("{i}{}", "n".repeat(4000)), Memory::new(16) as Arc<dyn Block>))
         .collect();
@@ -241,7 +237,7 @@ fn garbage_gets_no_further_than_its_own_connection() {
 fn tcp_serves_as_well() {
     let listener = Server::bind_tcp("127.0.0.1:0".parse().unwrap()).unwrap();
     let exports = Fixed::one("a", Memory::new(1 << 20));
-    let server = Server::start(listener, exports, Limits::default()).unwrap();
+    let server = Server::start(listener, exports, limits()).unwrap();
     let mut client = Client::go(server.local_addr(), "a", true);
     client.write(1000, &[7; 100_000]);
     assert_eq!(client.read(1000, 100_000), [7; 100_000]);

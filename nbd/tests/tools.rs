@@ -7,8 +7,8 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 
 use common::memory::{Deferred, Fixed, Memory};
-use common::{Dir, Random, serve};
-use sheepdog_nbd::{Limits, ServerHandle};
+use common::{Dir, Random, limits, serve};
+use sheepdog_nbd::ServerHandle;
 use sheepdog_types::Block;
 
 const SIZE: usize = 32 << 20;
@@ -38,7 +38,7 @@ const LIBNBD: &str = "libnbd-bin";
 const QEMU: &str = "qemu-utils and qemu-block-extra";
 
 fn served(device: Arc<dyn Block>) -> (ServerHandle, Dir, String) {
-    let (server, dir) = serve(Fixed::one("vm", device), Limits::default());
+    let (server, dir) = serve(Fixed::one("vm", device), limits());
     let uri = format!("nbd+unix:///vm?socket={}", dir.socket().display());
     (server, dir, uri)
 }

@@ -137,11 +137,11 @@ impl Block for Deferred {
     }
 
     fn submit(&self, batch: &mut Vec<Request>) {
-        let count = batch.len();
+        // Counted first: a completion must not be seen before its request was counted.
+        self.state.0.lock().unwrap().submitted += batch.len();
         for request in batch.drain(..) {
             self.queue.send(request).unwrap();
         }
-        self.state.0.lock().unwrap().submitted += count;
         self.state.1.notify_all();
     }
 }

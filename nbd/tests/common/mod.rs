@@ -7,6 +7,7 @@ pub mod memory;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use sheepdog_nbd::{Exports, Limits, Server, ServerHandle};
 
@@ -30,6 +31,21 @@ impl Dir {
 impl Drop for Dir {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Limits under which nothing ends by itself while a test has patience.
+pub fn limits() -> Limits {
+    let long = Duration::from_secs(3600);
+    Limits { handshake: long, linger: long, ..Limits::default() }
+}
+
+/// Waits for `condition`; a test that waits for more than half a minute has failed.
+pub fn until(condition: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < Duration::from_secs(30), "waited in vain");
+        std::thread::yield_now();
     }
 }
 
