@@ -1,7 +1,7 @@
 //! The binary `dog` against nodes that answer as told. The examples of `docs/dog.md` are what the
 //! node answers and what `dog` must print, so they cannot be wrong either.
 
-#![allow(clippy::unwrap_used)] // a panic is how a test fails
+#![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
 
 use serde_json::{Value, json};
 use std::fs::File;
