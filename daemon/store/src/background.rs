@@ -85,8 +85,8 @@ impl Signals {
         }
     }
 
-    /// Something was deleted: a checkpoint that found the disk full may succeed now.
-    pub(crate) fn space_freed(&self) {
+    /// Tries a checkpoint that failed again at once.
+    pub(crate) fn retry_checkpoint(&self) {
         if self.in_background() {
             lock(&self.requests).retry_now = true;
             self.checkpointer.notify_one();

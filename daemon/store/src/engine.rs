@@ -106,6 +106,9 @@ impl Engine {
         self.append(&mut log, &mut header, &[tables], write.bytes)?;
         self.apply_write(&mut log, &header, write.crcs.iter().copied());
         self.finish(log);
+        if privileged {
+            self.space_freed();
+        }
         Ok(Applied::Now)
     }
 
@@ -265,6 +268,13 @@ impl Engine {
         }
     }
 
+    /// A checkpoint that found the disk full may succeed now.
+    fn space_freed(&self) {
+        if lock(&self.stuck).is_some() {
+            self.signals.retry_checkpoint();
+        }
+    }
+
     /// See [`crate::Store::install`].
     pub(crate) fn install(
         &self,
@@ -317,7 +327,7 @@ impl Engine {
         self.append(&mut log, &mut header, &[], &[])?;
         self.apply_replace(&mut log, key, Version::NONE, Vec::new());
         self.finish(log);
-        self.signals.space_freed();
+        self.space_freed();
         Ok(true)
     }
 
@@ -337,7 +347,7 @@ impl Engine {
             self.apply_replace(&mut log, *key, Version::NONE, Vec::new());
         }
         self.finish(log);
-        self.signals.space_freed();
+        self.space_freed();
         Ok(keys.len())
     }
 

@@ -1,7 +1,8 @@
 //! One process at a time: an advisory lock on a file that names its holder.
 
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Seek, Write};
+use std::io::Read;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use rustix::fs::{FlockOperation, flock};
@@ -19,7 +20,7 @@ impl LockFile {
     /// Takes the lock or tells who has it.
     pub(crate) fn take(dir: &Path) -> Result<Self, OpenError> {
         let io = || OpenError::io("cannot use the lock file");
-        let mut file = OpenOptions::new()
+        let file = OpenOptions::new()
             .read(true)
             .write(true)
             .create(true)
@@ -36,8 +37,9 @@ impl LockFile {
             }
             Err(error) => return Err(io()(error.into())),
         }
-        file.set_len(0).and_then(|()| file.rewind()).map_err(io())?;
-        writeln!(file, "{}", std::process::id()).map_err(io())?;
+        // In place and of one length, so that a store on a full disk can be opened. The number is
+        // a help for people; without it the lock holds too.
+        let _ = file.write_all_at(format!("{:<10}\n", std::process::id()).as_bytes(), 0);
         Ok(Self { _file: file })
     }
 }
