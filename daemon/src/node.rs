@@ -1,0 +1,550 @@
+//! A running node: everything it consists of, and its start and stop.
+
+use crate::cluster::{Cluster, boot_time};
+use crate::control::{ControlClient, LogTransport, NodeReply, NodeRequest};
+use crate::dir::{DiskEntry, FORMAT, Identity, NodeDir};
+use crate::exports::ExportTable;
+use crate::leader::Leader;
+use crate::listener;
+use crate::peers::Peers;
+use crate::replica::{Disk, Replica};
+use sheepdog_cluster::command::{
+    Answer, Command, DiskInfo, NodeInfo, Refusal, decode_answer, encode_command,
+};
+use sheepdog_log::{ClusterLog, Options as LogOptions, ProposeError, RaftLog};
+use sheepdog_store::{Options as StoreOptions, Store, StoreIds};
+use sheepdog_types::{ClusterId, DiskId, NodeId};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+
+/// How long a clean stop tries to tell the cluster.
+const FAREWELL: Duration = Duration::from_secs(3);
+/// Pause between tries to enter the cluster.
+const RETRY: Duration = Duration::from_millis(200);
+/// How long a proposal is tried again before its caller hears of it.
+const PROPOSE_PATIENCE: Duration = Duration::from_secs(15);
+
+/// What a node is started with.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Its directory.
+    pub dir: PathBuf,
+    /// Where it listens; by default where it did last time, or 127.0.0.1:7000.
+    pub listen: Option<SocketAddr>,
+    /// Members to join through; not needed again once it has joined.
+    pub join: Vec<SocketAddr>,
+    /// Failure zone; by default the host's name and its node id.
+    pub zone: Option<String>,
+    /// Directories of disks and their weights; by default `disk` in the node's directory.
+    pub disks: Vec<(PathBuf, Option<u64>)>,
+    /// Allow addresses outside loopback although nothing is encrypted yet.
+    pub insecure: bool,
+}
+
+/// A failed start: a text that says what happened and what to do.
+pub type StartError = Box<dyn std::error::Error + Send + Sync>;
+
+/// A running node.
+pub struct Node {
+    /// Its directory.
+    pub dir: Arc<NodeDir>,
+    /// Who it is.
+    pub identity: Identity,
+    /// The agreed state.
+    pub cluster: Arc<Cluster>,
+    /// The cluster log.
+    pub log: Arc<RaftLog>,
+    /// Its disks.
+    pub replica: Arc<Replica>,
+    /// Connections to other nodes' disks.
+    pub peers: Arc<Peers>,
+    /// Requests to other nodes.
+    pub client: Arc<ControlClient>,
+    /// What it serves.
+    pub exports: Arc<ExportTable>,
+    /// What it does while it leads the log.
+    pub leader: Leader,
+    /// Set when it stops.
+    pub stopping: watch::Sender<bool>,
+}
+
+/// Seconds since 1970.
+#[must_use]
+pub fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+/// A random number that is not 0.
+///
+/// # Errors
+/// If the system has no randomness.
+pub fn random_id() -> Result<u64, getrandom::Error> {
+    loop {
+        let id = getrandom::u64()?;
+        if id != 0 {
+            return Ok(id);
+        }
+    }
+}
+
+/// Starts a node: returns when it listens and its log runs. It enters the cluster in the
+/// background, as soon as a quorum of the log can be reached.
+///
+/// # Errors
+/// [`StartError`].
+pub async fn start(config: Config) -> Result<Arc<Node>, StartError> {
+    let dir = Arc::new(NodeDir::lock(&config.dir)?);
+    let known = dir.identity()?;
+    let last = known.as_ref().map(|identity| identity.address.parse()).transpose()?;
+    let address = config.listen.or(last).unwrap_or(SocketAddr::from(([127, 0, 0, 1], 7000)));
+    check_address(address, config.insecure)?;
+    let listener = TcpListener::bind(address)
+        .await
+        .map_err(|e| format!("cannot listen on {address}: {e}; choose another --listen"))?;
+    let (identity, founder) = match known {
+        Some(identity) => (revisit(&dir, identity, address, &config).await?, false),
+        None => introduce(&dir, address, &config).await?,
+    };
+    let cluster_id: ClusterId = identity.cluster.parse()?;
+    let id: NodeId = identity.node.parse()?;
+    let cluster = Arc::new(Cluster::new(id, random_id()?));
+    let (refused, refusals) = mpsc::unbounded_channel();
+    let on_refused = |sender: mpsc::UnboundedSender<NodeId>| {
+        Box::new(move |node| _ = sender.send(node)) as Box<dyn Fn(NodeId) + Send + Sync>
+    };
+    let disks = open_disks(&identity, cluster_id, id)?;
+    let replica = Replica::new(Arc::clone(&cluster), disks)?;
+    let peers = Peers::new(Arc::clone(&cluster), cluster_id, on_refused(refused.clone()));
+    replica.set_peers(&peers);
+    let transport =
+        Arc::new(LogTransport::new(ControlClient::new(cluster_id, id), on_refused(refused)));
+    let log = open_log(&dir, &identity, id, &cluster, transport, founder).await?;
+    let exports = Arc::new(ExportTable::load(
+        Arc::clone(&dir),
+        Arc::clone(&cluster),
+        Arc::clone(&replica),
+        Arc::clone(&peers),
+        config.insecure,
+    )?);
+    let (stopping, _) = watch::channel(false);
+    let client = Arc::new(ControlClient::new(cluster_id, id));
+    let leader = Leader::default();
+    let node = Arc::new(Node {
+        dir,
+        identity,
+        cluster,
+        log,
+        replica,
+        peers,
+        client,
+        exports,
+        leader,
+        stopping,
+    });
+    tokio::spawn(listener::run(Arc::clone(&node), listener));
+    crate::tasks::spawn_all(&node, refusals)?;
+    tracing::info!(node = %id, cluster = %cluster_id, %address, "listening");
+    Ok(node)
+}
+
+/// A directory that was used before: checks that it fits what was asked for.
+async fn revisit(
+    dir: &NodeDir,
+    mut identity: Identity,
+    address: SocketAddr,
+    config: &Config,
+) -> Result<Identity, StartError> {
+    identity.address = address.to_string();
+    if let Some(zone) = &config.zone {
+        identity.zone.clone_from(zone);
+    }
+    let ours: ClusterId = identity.cluster.parse()?;
+    let client = ControlClient::new(ClusterId(0), NodeId(0));
+    for target in &config.join {
+        let target = target.to_string();
+        if let Ok(NodeReply::IAm { cluster, .. }) =
+            client.ask(&target, &NodeRequest::WhoAreYou).await
+            && cluster != ours
+        {
+            return Err(format!(
+                "{} belongs to cluster {ours}, but {target} is in cluster {cluster}; \
+                 use another --dir, or leave --join out",
+                dir.path().display()
+            )
+            .into());
+        }
+    }
+    if !identity.join.is_empty() && !config.join.is_empty() {
+        identity.join = config.join.iter().map(ToString::to_string).collect();
+    }
+    for (path, _) in &config.disks {
+        let path = std::path::absolute(path)?;
+        if !identity.disks.iter().any(|d| d.path == path) {
+            return Err(format!(
+                "disk {} is not part of this node, which was created with {}; nothing was changed",
+                path.display(),
+                identity
+                    .disks
+                    .iter()
+                    .map(|d| d.path.display().to_string())
+                    .collect::<Vec<_>>()
+                    .join(", ")
+            )
+            .into());
+        }
+    }
+    dir.save_identity(&identity)?;
+    Ok(identity)
+}
+
+/// An empty directory: founds a cluster, or learns which one to join.
+async fn introduce(
+    dir: &NodeDir,
+    address: SocketAddr,
+    config: &Config,
+) -> Result<(Identity, bool), StartError> {
+    let id = NodeId(random_id()?);
+    let cluster = if config.join.is_empty() {
+        ClusterId(random_id()?)
+    } else {
+        ask_for_cluster(&config.join).await?
+    };
+    let default = dir.path().join("disk");
+    let wanted = if config.disks.is_empty() {
+        // A start that failed half-way leaves a store that holds nothing: no node had its id.
+        if default.exists() {
+            std::fs::remove_dir_all(&default)?;
+        }
+        vec![(default, None)]
+    } else {
+        config.disks.clone()
+    };
+    let mut disks = Vec::new();
+    for (path, weight) in wanted {
+        let path = std::path::absolute(path)?;
+        let disk = DiskId(random_id()?);
+        std::fs::create_dir_all(&path)
+            .map_err(|e| format!("cannot create {}: {e}", path.display()))?;
+        let ids = StoreIds { cluster, node: id, disk };
+        let store = match Store::create(&path, ids, StoreOptions::default()) {
+            Err(sheepdog_store::OpenError::Exists(path)) => {
+                return Err(format!(
+                    "{} holds the disk of another node; use another path",
+                    path.display()
+                )
+                .into());
+            }
+            outcome => outcome?,
+        };
+        let weight = weight.unwrap_or((store.usage().capacity >> 30).max(1));
+        disks.push(DiskEntry { id: disk.to_string(), path, weight });
+    }
+    let identity = Identity {
+        format: FORMAT,
+        cluster: cluster.to_string(),
+        node: id.to_string(),
+        address: address.to_string(),
+        zone: config.zone.clone().unwrap_or_else(|| id.to_string()),
+        disks,
+        join: config.join.iter().map(ToString::to_string).collect(),
+    };
+    dir.save_identity(&identity)?;
+    Ok((identity, config.join.is_empty()))
+}
+
+fn check_address(address: SocketAddr, insecure: bool) -> Result<(), StartError> {
+    if address.ip().is_unspecified() {
+        let text = format!("--listen {address}: give the address that the other nodes use");
+        return Err(text.into());
+    }
+    if !address.ip().is_loopback() {
+        if !insecure {
+            return Err(format!(
+                "--listen {address}: connections are not encrypted yet, so only loopback \
+                 addresses are allowed; add --insecure if the network is private"
+            )
+            .into());
+        }
+        tracing::warn!(%address, "listening without encryption: keep this network private");
+    }
+    Ok(())
+}
+
+async fn ask_for_cluster(join: &[SocketAddr]) -> Result<ClusterId, StartError> {
+    let client = ControlClient::new(ClusterId(0), NodeId(0));
+    let mut problems = Vec::new();
+    for target in join {
+        match client.ask(&target.to_string(), &NodeRequest::WhoAreYou).await {
+            Ok(NodeReply::IAm { cluster, .. }) => return Ok(cluster),
+            Ok(_) => problems.push(format!("{target}: an answer that makes no sense")),
+            Err(error) => problems.push(format!("{target}: {error}")),
+        }
+    }
+    Err(format!(
+        "cannot join the cluster; nothing was created. {}. Check --join and that sheep runs there",
+        problems.join("; ")
+    )
+    .into())
+}
+
+fn open_disks(
+    identity: &Identity,
+    cluster: ClusterId,
+    node: NodeId,
+) -> Result<Vec<Disk>, StartError> {
+    let mut disks = Vec::new();
+    for entry in &identity.disks {
+        let id: DiskId = entry.id.parse()?;
+        let store = Store::open(&entry.path, StoreOptions::default())?;
+        let expected = StoreIds { cluster, node, disk: id };
+        if store.ids() != expected {
+            return Err(format!(
+                "the store in {} belongs to {:?}, this node expects {expected:?}",
+                entry.path.display(),
+                store.ids()
+            )
+            .into());
+        }
+        disks.push(Disk { id, path: entry.path.clone(), store });
+    }
+    Ok(disks)
+}
+
+async fn open_log(
+    dir: &NodeDir,
+    identity: &Identity,
+    id: NodeId,
+    cluster: &Arc<Cluster>,
+    transport: Arc<LogTransport>,
+    founder: bool,
+) -> Result<Arc<RaftLog>, StartError> {
+    let path = dir.path().join("cluster");
+    let (address, options) = (identity.address.as_str(), LogOptions::default());
+    let machine: Arc<dyn sheepdog_log::StateMachine> = Arc::clone(cluster) as _;
+    let log = if founder || (identity.join.is_empty() && !path.exists()) {
+        RaftLog::bootstrap(&path, id.0, address, machine, transport, options).await
+    } else {
+        RaftLog::open(&path, id.0, machine, transport, options).await
+    };
+    Ok(Arc::new(log.map_err(|e| format!("the cluster log in {}: {e}", path.display()))?))
+}
+
+impl Node {
+    /// Proposes a command, again while nothing was committed, and waits until this node has
+    /// applied what came of it.
+    ///
+    /// # Errors
+    /// A text for people that says whether the command may have been carried out.
+    pub async fn propose(&self, command: &Command) -> Result<Answer, String> {
+        let entry = encode_command(command);
+        let deadline = tokio::time::Instant::now() + PROPOSE_PATIENCE;
+        loop {
+            match self.log.propose(entry.clone()).await {
+                Ok(answer) => return Ok(decode_answer(&answer)),
+                Err(ProposeError::NotCommitted(_) | ProposeError::Unavailable(_))
+                    if tokio::time::Instant::now() < deadline =>
+                {
+                    tokio::time::sleep(RETRY).await;
+                }
+                Err(ProposeError::Unavailable(why)) => {
+                    return Err(format!(
+                        "a majority of the cluster's voters cannot be reached ({why}); nothing \
+                         was changed. `dog cluster info` shows the voters"
+                    ));
+                }
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+    }
+
+    /// Waits until `reached` holds for the agreed state on this node.
+    pub async fn wait_for(
+        &self,
+        timeout: Duration,
+        reached: impl Fn(&sheepdog_cluster::state::ClusterState) -> bool,
+    ) -> bool {
+        let mut changes = self.cluster.changes();
+        let wait = async {
+            loop {
+                changes.borrow_and_update();
+                if reached(&self.cluster.state()) {
+                    return true;
+                }
+                if changes.changed().await.is_err() {
+                    return false;
+                }
+            }
+        };
+        tokio::time::timeout(timeout, wait).await.unwrap_or(false)
+    }
+
+    /// How this node announces itself.
+    #[must_use]
+    pub fn info(&self) -> NodeInfo {
+        let disks = self
+            .identity
+            .disks
+            .iter()
+            .filter_map(|d| Some(DiskInfo { id: d.id.parse().ok()?, weight: d.weight }));
+        NodeInfo {
+            id: self.cluster.node,
+            incarnation: self.cluster.incarnation(),
+            address: self.identity.address.clone(),
+            zone: self.identity.zone.clone(),
+            disks: disks.collect(),
+        }
+    }
+
+    /// Makes this node a member with a new incarnation, trying until it is or stops.
+    pub async fn enter(&self) {
+        let mut stopping = self.stopping.subscribe();
+        tokio::select! {
+            () = self.keep_entering() => {}
+            _ = stopping.wait_for(|stop| *stop) => {}
+        }
+    }
+
+    async fn keep_entering(&self) {
+        if let Ok(incarnation) = random_id() {
+            self.cluster.set_incarnation(incarnation);
+        }
+        let mut last_problem = String::new();
+        loop {
+            let problem = match self.try_enter().await {
+                Ok(()) => return,
+                Err(problem) => problem,
+            };
+            if problem != last_problem {
+                tracing::info!(problem, "cannot enter the cluster yet; trying on");
+                last_problem = problem;
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    async fn try_enter(&self) -> Result<(), String> {
+        if !self.log.status().is_member(self.cluster.node.0) {
+            self.join().await?;
+        }
+        let command = Command::Enter { node: self.info(), at: now() };
+        let answer = self.log.propose(encode_command(&command)).await;
+        match answer.map(|bytes| decode_answer(&bytes)) {
+            Ok(Ok(_)) => {}
+            Ok(Err(Refusal::NotFounded)) => return self.found().await,
+            Ok(Err(refusal)) => return Err(format!("refused: {refusal}")),
+            Err(error) => return Err(error.to_string()),
+        }
+        let id = self.cluster.node;
+        let incarnation = self.cluster.incarnation();
+        let entered = self
+            .wait_for(Duration::from_secs(10), |state| {
+                state.nodes.get(&id).is_some_and(|n| n.incarnation == incarnation)
+            })
+            .await;
+        if !entered {
+            return Err("the entry is agreed, but this node does not hear of it".into());
+        }
+        let status = self.log.status();
+        if status.addresses.get(&id.0).is_some_and(|a| *a != self.identity.address) {
+            let update = self.log.update_address(id.0, self.identity.address.clone()).await;
+            update.map_err(|e| e.to_string())?;
+        }
+        tracing::info!(epoch = %self.cluster.view().epoch, "entered the cluster");
+        Ok(())
+    }
+
+    /// Begins the log of a new cluster; the entry is tried again afterwards.
+    async fn found(&self) -> Result<(), String> {
+        let cluster = self.identity.cluster.parse().map_err(|_| "the cluster id is damaged")?;
+        let answer = self.log.propose(encode_command(&Command::Found { cluster })).await;
+        answer.map_err(|e| e.to_string())?;
+        Err("the cluster is founded, entering it".into())
+    }
+
+    /// Asks a member to take this node into the log.
+    async fn join(&self) -> Result<(), String> {
+        let mut problems = Vec::new();
+        for target in &self.identity.join {
+            let (node, address) = (self.cluster.node, self.identity.address.clone());
+            match self.client.ask(target, &NodeRequest::Join { node, address }).await {
+                Ok(NodeReply::Done) => {
+                    let id = node.0;
+                    let mut status = self.log.watch();
+                    let joined = status.wait_for(|s| s.is_member(id));
+                    let joined = tokio::time::timeout(Duration::from_secs(10), joined).await;
+                    if !matches!(joined, Ok(Ok(_))) {
+                        return Err("joined, but the log's leader does not reach this node".into());
+                    }
+                    let mut identity = self.identity.clone();
+                    identity.join.clear();
+                    return self.dir.save_identity(&identity).map_err(|e| e.to_string());
+                }
+                Ok(_) => problems.push(format!("{target}: an answer that makes no sense")),
+                Err(error) => problems.push(format!("{target}: {error}")),
+            }
+        }
+        if problems.is_empty() {
+            return Err("waiting for the leader of the cluster log".into());
+        }
+        Err(format!("cannot join: {}", problems.join("; ")))
+    }
+
+    /// Stops cleanly: finishes what is in progress, gives attachments back, tells the cluster.
+    pub async fn stop(self: &Arc<Self>) {
+        tracing::info!("stopping");
+        self.stopping.send_replace(true);
+        let exports = Arc::clone(&self.exports);
+        let attached =
+            tokio::task::spawn_blocking(move || exports.stop_all()).await.unwrap_or_default();
+        let farewell = async {
+            for (volume, writer) in attached {
+                let detach = Command::Detach { volume, writer };
+                let _ = self.log.propose(encode_command(&detach)).await; // the lease covers a miss
+            }
+            let down = Command::Down {
+                node: self.cluster.node,
+                incarnation: self.cluster.incarnation(),
+                reason: "stopped by its operator".into(),
+                at: now(),
+            };
+            let _ = self.log.propose(encode_command(&down)).await;
+        };
+        if tokio::time::timeout(FAREWELL, farewell).await.is_err() {
+            tracing::warn!("the cluster could not be told; it will notice by itself");
+        }
+        self.cluster.lease.drop_now();
+        self.peers.stop();
+        self.log.shutdown().await;
+        for disk in self.replica.disks() {
+            if let Err(error) = disk.store.flush_wait() {
+                tracing::error!(disk = %disk.id, %error, "the last flush failed");
+            }
+        }
+        tracing::info!("stopped");
+    }
+
+    /// Renews this node's own lease, asking the leader of the log.
+    pub async fn renew_lease(&self) -> Result<NodeReply, String> {
+        let asked_at = boot_time();
+        let request =
+            NodeRequest::Renew { node: self.cluster.node, incarnation: self.cluster.incarnation() };
+        let status = self.log.status();
+        let reply = if status.is_leader {
+            self.leader.renew(self, self.cluster.node, self.cluster.incarnation())
+        } else {
+            let leader = status.leader.ok_or("no leader is known")?;
+            let address = status.addresses.get(&leader).ok_or("the leader has no address")?;
+            let ask = self.client.ask(address, &request);
+            let reply = tokio::time::timeout(crate::cluster::LEASE / 3, ask).await;
+            reply.map_err(|_| "the leader does not answer")?.map_err(|e| e.to_string())?
+        };
+        if reply == NodeReply::Granted {
+            self.cluster.lease.renew(asked_at);
+        }
+        Ok(reply)
+    }
+}

@@ -1,0 +1,363 @@
+//! The disks of this node, and how calls to them are carried out.
+
+use crate::cluster::{Cluster, lock};
+use crate::peers::Peers;
+use crate::pool::Pool;
+use sheepdog_cluster::message::{Body, Call, Failure, MAX_LISTING, Reject, Reply, Request, Run};
+use sheepdog_cluster::replica::admit;
+use sheepdog_cluster::view::View;
+use sheepdog_store::{
+    BlockRange, BlockRun, BlockState, LayerImage, LayerSums, Payload, ReadError, Store, WriteError,
+};
+use sheepdog_types::{BLOCK_SIZE, DiskId, LayerKey, SlotId, Version};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+/// Tries of a recovery while the views of the two nodes differ.
+const FETCH_TRIES: usize = 50;
+const FETCH_PAUSE: Duration = Duration::from_millis(20);
+
+/// A disk of this node.
+#[derive(Debug)]
+pub struct Disk {
+    /// Its id.
+    pub id: DiskId,
+    /// Its directory.
+    pub path: PathBuf,
+    /// Its store.
+    pub store: Store,
+}
+
+/// The answer to a call, with the blocks it carries.
+#[derive(Debug)]
+pub struct Answer {
+    /// The head.
+    pub reply: Reply,
+    /// Checksums of the blocks.
+    pub crcs: Vec<u32>,
+    /// The blocks.
+    pub data: Vec<u8>,
+}
+
+impl From<Reply> for Answer {
+    fn from(reply: Reply) -> Self {
+        Self { reply, crcs: Vec::new(), data: Vec::new() }
+    }
+}
+
+impl From<Failure> for Answer {
+    fn from(failure: Failure) -> Self {
+        Reply::Failed(failure).into()
+    }
+}
+
+impl From<Reject> for Answer {
+    fn from(reject: Reject) -> Self {
+        Reply::Rejected(reject).into()
+    }
+}
+
+/// Takes the answer of a call that was not answered at once. Called on any thread.
+pub type Later = Box<dyn FnOnce(Answer) + Send>;
+
+/// The disks of this node. See the [module](self).
+pub struct Replica {
+    cluster: Arc<Cluster>,
+    disks: BTreeMap<DiskId, Arc<Disk>>,
+    /// Copies from peers: these jobs wait for the network.
+    copying: Pool,
+    /// Reads whole layers and listings for peers: these never wait for the network, so that two
+    /// nodes that copy from each other cannot block each other.
+    serving: Pool,
+    peers: Mutex<Weak<Peers>>,
+}
+
+impl Replica {
+    /// The disks of this node.
+    ///
+    /// # Errors
+    /// If no threads can be made.
+    pub fn new(cluster: Arc<Cluster>, disks: Vec<Disk>) -> std::io::Result<Arc<Self>> {
+        Ok(Arc::new(Self {
+            cluster,
+            disks: disks.into_iter().map(|disk| (disk.id, Arc::new(disk))).collect(),
+            copying: Pool::new("copy", 2, 256)?,
+            serving: Pool::new("serve", 2, 1024)?,
+            peers: Mutex::new(Weak::new()),
+        }))
+    }
+
+    /// Sets whom recoveries copy from.
+    pub fn set_peers(&self, peers: &Arc<Peers>) {
+        *lock(&self.peers) = Arc::downgrade(peers);
+    }
+
+    /// The disks.
+    pub fn disks(&self) -> impl Iterator<Item = &Arc<Disk>> {
+        self.disks.values()
+    }
+
+    /// The disk with this id.
+    #[must_use]
+    pub fn disk(&self, id: DiskId) -> Option<&Arc<Disk>> {
+        self.disks.get(&id)
+    }
+
+    /// Carries out a call: gives the answer at once, or calls what `later` makes when it is done.
+    /// `crcs` and `data` are the blocks that the call carries.
+    pub fn execute(
+        self: &Arc<Self>,
+        call: &Call,
+        crcs: &[u32],
+        data: &[u8],
+        later: impl FnOnce() -> Later,
+    ) -> Option<Answer> {
+        let view = self.cluster.view();
+        let may_serve = self.cluster.may_serve(&view);
+        if let Err(reject) = admit(&view, self.cluster.node, may_serve, call) {
+            return Some(reject.into());
+        }
+        let Some(disk) = self.disks.get(&call.disk) else {
+            return Some(Reject::NotMember.into());
+        };
+        match &call.request {
+            Request::Write { key, prev, version, first, body } => {
+                Some(write(disk, *key, *prev, *version, *first, *body, crcs, data))
+            }
+            Request::Read { object, layer, first, count } => {
+                let key = LayerKey { object: *object, layer: *layer };
+                Some(read(disk, key, *first, *count))
+            }
+            Request::Stat { key } => {
+                let version = disk.store.stat(*key).map_or(Version::NONE, |s| s.version);
+                Some(Reply::Version { version }.into())
+            }
+            Request::Fence { .. } => Some(Reply::Done.into()), // admitted: the log knows this writer
+            Request::Flush => {
+                let later = later();
+                disk.store.flush(Box::new(move |result| match result {
+                    Ok(()) => later(Reply::Done.into()),
+                    Err(error) => {
+                        tracing::error!(%error, "flush failed");
+                        later(Failure::Disk.into());
+                    }
+                }));
+                None
+            }
+            Request::Recover { .. } => self.hand_over(&self.copying, call, later()),
+            Request::Fetch { .. } | Request::List { .. } => {
+                self.hand_over(&self.serving, call, later())
+            }
+        }
+    }
+
+    fn hand_over(self: &Arc<Self>, pool: &Pool, call: &Call, later: Later) -> Option<Answer> {
+        let (replica, call) = (Arc::clone(self), call.clone());
+        let job = Box::new(move || {
+            let answer = replica.execute_slowly(&call);
+            later(answer);
+        });
+        if pool.submit(job) { None } else { Some(Failure::Busy.into()) }
+    }
+
+    fn execute_slowly(&self, call: &Call) -> Answer {
+        let Some(disk) = self.disks.get(&call.disk) else { return Reject::NotMember.into() };
+        match &call.request {
+            Request::Recover { key, expect, from, target } => {
+                match self.recover(disk, *key, *expect, *from, *target, true) {
+                    Ok(_) => Reply::Done.into(),
+                    Err(failure) => failure.into(),
+                }
+            }
+            Request::Fetch { key } => fetch(disk, *key),
+            Request::List { holder, from, to, after } => {
+                let view = self.cluster.view();
+                list(disk, &view, *holder, (*from, *to), *after)
+            }
+            _ => Reject::Malformed.into(),
+        }
+    }
+
+    /// Makes a layer equal to that of disk `from`, if it is at `expect` here; `exact` demands
+    /// version `target`, otherwise a newer one is as good. False when the layer moved on
+    /// meanwhile.
+    ///
+    /// # Errors
+    /// [`Failure`]; the layer is as it was.
+    pub fn recover(
+        &self,
+        disk: &Disk,
+        key: LayerKey,
+        expect: Version,
+        from: DiskId,
+        target: Version,
+        exact: bool,
+    ) -> Result<bool, Failure> {
+        if from == disk.id {
+            return Err(Failure::Source);
+        }
+        let image = self.fetch_image(key, from)?;
+        let version = image.sums.version;
+        if version < target || (exact && version != target) {
+            return Err(Failure::Source);
+        }
+        let expected = (expect != Version::NONE).then_some(expect);
+        match disk.store.install(key, expected, &image) {
+            Ok(true) => Ok(true),
+            Ok(false) if exact => {
+                let have = disk.store.stat(key).map_or(Version::NONE, |s| s.version);
+                // A repeated call finds its work done.
+                if have == target { Ok(true) } else { Err(Failure::Behind { have }) }
+            }
+            Ok(false) => Ok(false),
+            Err(error) => Err(write_failure(&error)),
+        }
+    }
+
+    fn fetch_image(&self, key: LayerKey, from: DiskId) -> Result<LayerImage, Failure> {
+        for _ in 0..FETCH_TRIES {
+            let view = self.cluster.view();
+            let node = view.node_of(from).ok_or(Failure::Source)?;
+            let answer = if node == self.cluster.node {
+                let source = self.disks.get(&from).ok_or(Failure::Source)?;
+                fetch(source, key)
+            } else {
+                let peers = lock(&self.peers).upgrade().ok_or(Failure::Source)?;
+                let request = Request::Fetch { key };
+                peers.ask(&view, from, request).map_err(|_| Failure::Source)?
+            };
+            match answer.reply {
+                Reply::Image { version, runs } => {
+                    return image(version, &runs, answer.crcs, answer.data).ok_or(Failure::Source);
+                }
+                Reply::Rejected(_) | Reply::Failed(Failure::Busy) => {
+                    self.wait_for_view(view.revision);
+                }
+                reply => {
+                    tracing::warn!(%key, disk = %from, ?reply, "cannot copy from this replica");
+                    return Err(Failure::Source);
+                }
+            }
+        }
+        Err(Failure::Source)
+    }
+
+    /// The two ends are in different epochs: one of them is about to hear of the newer.
+    fn wait_for_view(&self, revision: u64) {
+        if self.cluster.view().revision == revision {
+            std::thread::sleep(FETCH_PAUSE);
+        }
+    }
+}
+
+#[allow(clippy::too_many_arguments, reason = "the fields of one call, on the hot path")]
+fn write(
+    disk: &Disk,
+    key: LayerKey,
+    prev: Version,
+    version: Version,
+    first: u16,
+    body: Body,
+    crcs: &[u32],
+    data: &[u8],
+) -> Answer {
+    let payload = match body {
+        Body::Data { .. } => Payload::Data { bytes: data, crcs },
+        // The base layer of a volume without a parent: nothing older to hide.
+        Body::Zero { count, release } => Payload::Zero { count, absent: release, release },
+    };
+    match disk.store.write(key, prev, version, first, payload) {
+        Ok(_) => Reply::Done.into(),
+        Err(error) => write_failure(&error).into(),
+    }
+}
+
+fn write_failure(error: &WriteError) -> Failure {
+    match error {
+        WriteError::Behind { have } => Failure::Behind { have: *have },
+        WriteError::Checksum { block } => Failure::Checksum { block: *block },
+        WriteError::NoSpace => Failure::NoSpace,
+        WriteError::Failed(_) | WriteError::Invalid(_) => {
+            tracing::error!(%error, "a write failed");
+            Failure::Disk
+        }
+    }
+}
+
+fn read(disk: &Disk, key: LayerKey, first: u16, count: u16) -> Answer {
+    let mut data = vec![0; usize::from(count) * BLOCK_SIZE];
+    let mut crcs = vec![0; usize::from(count)];
+    match disk.store.read(key.object, &[key.layer], first, &mut data, &mut crcs) {
+        Ok(_) => Answer { reply: Reply::Data { count }, crcs, data },
+        Err(error) => {
+            tracing::error!(%key, disk = %disk.id, %error, "a read failed");
+            match error {
+                ReadError::Checksum { block, .. } => Failure::Checksum { block }.into(),
+                ReadError::Io { .. } | ReadError::Invalid(_) => Failure::Disk.into(),
+            }
+        }
+    }
+}
+
+fn fetch(disk: &Disk, key: LayerKey) -> Answer {
+    match disk.store.image(key) {
+        Ok(Some(image)) => {
+            let runs = image.sums.runs.iter().map(|run| Run {
+                first: run.range.first(),
+                count: run.range.count(),
+                zero: run.state == BlockState::Zero,
+            });
+            let reply = Reply::Image { version: image.sums.version, runs: runs.collect() };
+            Answer { reply, crcs: image.sums.crcs, data: image.data }
+        }
+        Ok(None) => Reply::Image { version: Version::NONE, runs: Vec::new() }.into(),
+        Err(error) => {
+            tracing::error!(%key, disk = %disk.id, %error, "a layer cannot be read");
+            match error {
+                ReadError::Checksum { block, .. } => Failure::Checksum { block }.into(),
+                ReadError::Io { .. } | ReadError::Invalid(_) => Failure::Disk.into(),
+            }
+        }
+    }
+}
+
+fn image(version: Version, runs: &[Run], crcs: Vec<u32>, data: Vec<u8>) -> Option<LayerImage> {
+    let run = |r: &Run| {
+        let range = BlockRange::new(r.first, usize::from(r.count))?;
+        let state = if r.zero { BlockState::Zero } else { BlockState::Data };
+        Some(BlockRun { range, state })
+    };
+    let runs = runs.iter().map(run).collect::<Option<Vec<_>>>()?;
+    Some(LayerImage { sums: LayerSums { version, runs, crcs }, data })
+}
+
+/// The layers of `disk` in a window of slots that `holder` has to have too.
+fn list(
+    disk: &Disk,
+    view: &View,
+    holder: DiskId,
+    (from, to): (SlotId, SlotId),
+    after: Option<LayerKey>,
+) -> Answer {
+    let mut layers = Vec::new();
+    for slot in from.0..=to.0 {
+        let mut stats = disk.store.list(SlotId(slot));
+        stats.sort_unstable_by_key(|s| s.key);
+        for stat in stats {
+            let is_new = slot != from.0 || after.is_none_or(|key| stat.key > key);
+            let wanted = view
+                .volumes
+                .get(&stat.key.object.volume)
+                .is_some_and(|v| view.is_member(SlotId(slot), usize::from(v.spec.copies), holder));
+            if is_new && wanted {
+                if layers.len() == MAX_LISTING {
+                    return Reply::Listing { layers, more: true }.into();
+                }
+                layers.push((stat.key, stat.version));
+            }
+        }
+    }
+    Reply::Listing { layers, more: false }.into()
+}

@@ -1,0 +1,198 @@
+//! What a node does all the time: leases, reports, views for its volumes, synchronising its disks.
+
+use crate::cluster::{LEASE, lock};
+use crate::control::{NodeReply, NodeRequest};
+use crate::node::{Node, StartError};
+use crate::{admin, resync};
+use sheepdog_log::ClusterLog;
+use sheepdog_types::{NodeId, VolumeId};
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::time::{MissedTickBehavior, interval, sleep};
+
+const RENEW_EVERY: Duration = Duration::from_millis(250);
+const TEND_EVERY: Duration = Duration::from_millis(200);
+const TICK_EVERY: Duration = Duration::from_millis(20);
+const EXPORT_RETRY: Duration = Duration::from_millis(500);
+
+/// Starts everything.
+///
+/// # Errors
+/// If a thread cannot be made.
+pub fn spawn_all(
+    node: &Arc<Node>,
+    refusals: mpsc::UnboundedReceiver<NodeId>,
+) -> Result<(), StartError> {
+    until_stop(node, keep_lease);
+    until_stop(node, tend);
+    until_stop(node, tick);
+    until_stop(node, follow_views);
+    until_stop(node, resume_exports);
+    until_stop(node, resync::run);
+    until_stop(node, |node| report_refusals(node, refusals));
+    Ok(())
+}
+
+/// Runs a task until the node stops.
+fn until_stop<F>(node: &Arc<Node>, task: impl FnOnce(Arc<Node>) -> F)
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let mut stopping = node.stopping.subscribe();
+    let work = task(Arc::clone(node));
+    tokio::spawn(async move {
+        tokio::select! {
+            () = work => {}
+            _ = stopping.wait_for(|stop| *stop) => {}
+        }
+    });
+}
+
+async fn keep_lease(node: Arc<Node>) {
+    node.enter().await;
+    let mut status = node.log.watch();
+    loop {
+        match node.renew_lease().await {
+            Ok(NodeReply::EnterAgain) => {
+                tracing::warn!("the cluster went on without this node; entering again");
+                node.enter().await;
+                continue;
+            }
+            Ok(NodeReply::Granted) => {
+                sleep(RENEW_EVERY).await;
+                continue;
+            }
+            Ok(_) => {}
+            Err(error) => tracing::debug!(error, "no lease"),
+        }
+        // A new leader is the likeliest end of the trouble.
+        tokio::select! {
+            () = sleep(RENEW_EVERY / 4) => {}
+            _ = status.changed() => {}
+        }
+    }
+}
+
+async fn tend(node: Arc<Node>) {
+    let mut ticks = interval(TEND_EVERY);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        node.leader.tend(&node).await;
+    }
+}
+
+async fn tick(node: Arc<Node>) {
+    let mut ticks = interval(TICK_EVERY);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        for device in node.exports.devices() {
+            device.handle_tick();
+        }
+    }
+}
+
+/// Hands new views to the volumes, and frees what deleted volumes left behind.
+async fn follow_views(node: Arc<Node>) {
+    let mut changes = node.cluster.changes();
+    let mut known = stored_volumes(&node.replica);
+    let mut last_epoch = node.cluster.view().epoch;
+    loop {
+        changes.borrow_and_update();
+        let view = node.cluster.view();
+        if view.epoch != last_epoch {
+            let state = node.cluster.state();
+            let cause = state.history.last().map_or_else(String::new, |r| r.cause.clone());
+            tracing::info!(epoch = %view.epoch, cause, "new epoch");
+            last_epoch = view.epoch;
+        }
+        for device in node.exports.devices() {
+            device.handle_view();
+        }
+        let mut gone = Vec::new();
+        if node.cluster.has_entered(&view) {
+            gone.extend(known.iter().filter(|v| !view.volumes.contains_key(v)).copied());
+            known = view.volumes.keys().copied().collect();
+        }
+        if !gone.is_empty() {
+            let replica = Arc::clone(&node.replica);
+            tokio::task::spawn_blocking(move || purge(&replica, &gone));
+        }
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Volumes with objects on this node's disks; some may have been deleted while it was away.
+fn stored_volumes(replica: &crate::replica::Replica) -> BTreeSet<VolumeId> {
+    let mut volumes = BTreeSet::new();
+    for disk in replica.disks() {
+        disk.store.list_all(|_, layers| {
+            volumes.extend(layers.iter().map(|layer| layer.key.object.volume));
+        });
+    }
+    volumes
+}
+
+fn purge(replica: &crate::replica::Replica, volumes: &[VolumeId]) {
+    for disk in replica.disks() {
+        for volume in volumes {
+            match disk.store.delete_volume(*volume) {
+                Ok(0) => {}
+                Ok(objects) => tracing::info!(%volume, objects, disk = %disk.id, "volume deleted"),
+                Err(error) => tracing::error!(%volume, %error, "cannot free a deleted volume"),
+            }
+        }
+    }
+}
+
+/// Attaches the volumes of remembered exports again and serves them.
+async fn resume_exports(node: Arc<Node>) {
+    let reported = Mutex::new(BTreeSet::new());
+    loop {
+        for volume in node.exports.pending() {
+            match admin::attach(&node, &volume).await {
+                Ok(()) => {
+                    node.exports.resume(&volume);
+                }
+                Err(problem) => {
+                    node.exports.set_problem(&volume, &problem);
+                    if lock(&reported).insert((volume.clone(), problem.clone())) {
+                        tracing::warn!(volume, problem, "an export is not served yet");
+                    }
+                }
+            }
+        }
+        if node.exports.pending().is_empty() {
+            return;
+        }
+        sleep(EXPORT_RETRY).await;
+    }
+}
+
+/// Tells the leader of nodes whose port refuses connections.
+async fn report_refusals(node: Arc<Node>, mut refusals: mpsc::UnboundedReceiver<NodeId>) {
+    while let Some(first) = refusals.recv().await {
+        let mut suspects = BTreeSet::from([first]);
+        while let Ok(more) = refusals.try_recv() {
+            suspects.insert(more);
+        }
+        for suspect in suspects {
+            if !node.cluster.view().nodes.get(&suspect).is_some_and(|n| n.up) {
+                continue;
+            }
+            let status = node.log.status();
+            if status.is_leader {
+                node.leader.probe(&node, suspect).await;
+            } else if let Some(address) = status.leader.and_then(|l| status.addresses.get(&l)) {
+                let report = NodeRequest::Refused { node: suspect };
+                let ask = node.client.ask(address, &report);
+                let _ = tokio::time::timeout(LEASE, ask).await; // the lease covers a lost report
+            }
+        }
+    }
+}

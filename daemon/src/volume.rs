@@ -1,0 +1,301 @@
+//! An attached volume: the device that front ends serve, driven by a sans-IO gateway.
+//!
+//! Requests are worked on by the thread that brings them, answers by the thread that received
+//! them. Answers go into an inbox first; whoever holds the gateway empties it before and after it
+//! lets go, so an answer is never left lying, and no thread waits for another one's work.
+
+use crate::cluster::{Cluster, lock};
+use crate::peers::{Caller, Link, Peers};
+use crate::replica::{Answer, Later, Replica};
+use sheepdog_cluster::gateway::{Config, Effect, Gateway, Phase, ReplyData};
+use sheepdog_cluster::message::{Blocks, Call, Request as CallRequest};
+use sheepdog_types::{Block, BlockInfo, Burst, Completion, NodeId, Request, Token};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
+use std::time::Duration;
+
+enum Event {
+    Answer(u64, Answer),
+    Lost(NodeId),
+    Connected(NodeId),
+    View,
+    Tick,
+}
+
+struct Inner {
+    gateway: Gateway,
+    links: HashMap<NodeId, Arc<Link>>,
+    /// Links with calls that were queued and not sent.
+    unsent: Vec<Arc<Link>>,
+    done: Vec<(Token, Completion)>,
+}
+
+/// An attached volume. See the [module](self).
+pub struct VolumeDevice {
+    name: String,
+    size: u64,
+    cluster: Arc<Cluster>,
+    replica: Arc<Replica>,
+    peers: Arc<Peers>,
+    inner: Mutex<Inner>,
+    inbox: Mutex<Vec<Event>>,
+    wants_tick: AtomicBool,
+    /// Signalled when the last request is done or the gateway gets another phase.
+    calm: Condvar,
+    calm_lock: Mutex<()>,
+    this: Weak<Self>,
+}
+
+/// A local read, carried out after the gateway was let go.
+struct LocalRead {
+    id: u64,
+    call: Call,
+}
+
+impl VolumeDevice {
+    /// The device of a volume that was attached with this configuration.
+    #[must_use]
+    pub fn new(
+        name: &str,
+        config: Config,
+        cluster: &Arc<Cluster>,
+        replica: &Arc<Replica>,
+        peers: &Arc<Peers>,
+    ) -> Arc<Self> {
+        let size = config.size;
+        let gateway = Gateway::new(config, cluster.view());
+        let inner = Inner { gateway, links: HashMap::new(), unsent: Vec::new(), done: Vec::new() };
+        let device = Arc::new_cyclic(|this| Self {
+            name: name.into(),
+            size,
+            cluster: Arc::clone(cluster),
+            replica: Arc::clone(replica),
+            peers: Arc::clone(peers),
+            inner: Mutex::new(inner),
+            inbox: Mutex::default(),
+            wants_tick: AtomicBool::new(false),
+            calm: Condvar::new(),
+            calm_lock: Mutex::default(),
+            this: this.clone(),
+        });
+        let caller: Arc<dyn Caller> = device.clone();
+        peers.register(&caller);
+        device.post(Event::View);
+        device.pump_events();
+        device
+    }
+
+    /// The volume's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Where its gateway stands.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        lock(&self.inner).gateway.phase()
+    }
+
+    /// Runs `look` on the gateway.
+    pub fn inspect<R>(&self, look: impl FnOnce(&Gateway) -> R) -> R {
+        look(&lock(&self.inner).gateway)
+    }
+
+    /// The cluster has a new revision.
+    pub fn handle_view(&self) {
+        self.post(Event::View);
+        self.pump_events();
+    }
+
+    /// Some tens of milliseconds went by.
+    pub fn handle_tick(&self) {
+        if self.wants_tick.load(Ordering::Acquire) {
+            self.post(Event::Tick);
+            self.pump_events();
+        }
+    }
+
+    /// Waits until the gateway serves or is fenced; gives its phase.
+    pub fn wait_settled(&self, timeout: Duration) -> Phase {
+        self.wait_until(timeout, |gateway| gateway.phase() != Phase::Fencing);
+        self.phase()
+    }
+
+    /// Waits until no request is in progress; false when it took too long.
+    pub fn wait_idle(&self, timeout: Duration) -> bool {
+        self.wait_until(timeout, Gateway::is_idle)
+    }
+
+    fn wait_until(&self, timeout: Duration, reached: impl Fn(&Gateway) -> bool) -> bool {
+        let guard = lock(&self.calm_lock);
+        let waiting = |_: &mut ()| !self.inspect(&reached);
+        let (guard, result) = self
+            .calm
+            .wait_timeout_while(guard, timeout, waiting)
+            .unwrap_or_else(PoisonError::into_inner);
+        drop(guard);
+        !result.timed_out()
+    }
+
+    /// Fails every request from now on.
+    pub fn fence_off(&self) {
+        let mut inner = lock(&self.inner);
+        inner.gateway.fence_off();
+        self.work(inner);
+        self.pump_events();
+    }
+
+    fn post(&self, event: Event) {
+        lock(&self.inbox).push(event);
+    }
+
+    /// Works on what is in the inbox, unless somebody else is at it.
+    fn pump_events(&self) {
+        while !lock(&self.inbox).is_empty() {
+            match self.inner.try_lock() {
+                Ok(inner) => self.work(inner),
+                Err(TryLockError::Poisoned(poisoned)) => self.work(poisoned.into_inner()),
+                // The holder looks into the inbox again after it let go.
+                Err(TryLockError::WouldBlock) => return,
+            }
+        }
+    }
+
+    /// Empties the inbox, runs all effects, lets the gateway go, and does what needs no gateway.
+    /// The caller looks into the inbox again afterwards.
+    fn work(&self, mut inner: MutexGuard<'_, Inner>) {
+        let mut reads = Vec::new();
+        loop {
+            let events = std::mem::take(&mut *lock(&self.inbox));
+            for event in events {
+                self.feed(&mut inner.gateway, event);
+            }
+            self.run_effects(&mut inner, &mut reads);
+            if lock(&self.inbox).is_empty() {
+                break;
+            }
+        }
+        self.wants_tick.store(inner.gateway.wants_tick(), Ordering::Release);
+        let calm = inner.gateway.is_idle() || inner.gateway.phase() == Phase::Fenced;
+        let done = std::mem::take(&mut inner.done);
+        let unsent = std::mem::take(&mut inner.unsent);
+        drop(inner);
+        for link in unsent {
+            link.flush();
+        }
+        let mut burst = Burst::new();
+        for (token, completion) in done {
+            token.complete(completion, &mut burst);
+        }
+        for read in reads {
+            if let Some(answer) = self.execute(read.id, &read.call, None) {
+                self.post(Event::Answer(read.id, answer));
+            }
+        }
+        drop(burst);
+        if calm {
+            drop(lock(&self.calm_lock));
+            self.calm.notify_all();
+        }
+    }
+
+    fn feed(&self, gateway: &mut Gateway, event: Event) {
+        match event {
+            Event::Answer(id, answer) => {
+                gateway.handle_reply(id, answer.reply, ReplyData { bytes: answer.data });
+            }
+            Event::Lost(node) => gateway.handle_unreachable(node),
+            Event::Connected(node) => gateway.handle_reachable(node),
+            Event::View => gateway.handle_view(self.cluster.view()),
+            Event::Tick => gateway.handle_tick(),
+        }
+    }
+
+    fn run_effects(&self, inner: &mut Inner, reads: &mut Vec<LocalRead>) {
+        while let Some(effect) = inner.gateway.poll_effect() {
+            match effect {
+                Effect::Call { id, node, call, blocks } if node == self.cluster.node => {
+                    if matches!(call.request, CallRequest::Read { .. }) {
+                        reads.push(LocalRead { id, call });
+                    } else if let Some(answer) = self.execute(id, &call, blocks.as_deref()) {
+                        self.feed(&mut inner.gateway, Event::Answer(id, answer));
+                    }
+                }
+                Effect::Call { id, node, call, blocks } => {
+                    self.send(inner, node, id, &call, blocks.as_deref());
+                }
+                Effect::Complete { token, completion } => inner.done.push((token, completion)),
+                Effect::LostWrites { object } => {
+                    tracing::error!(
+                        volume = self.name,
+                        %object,
+                        "acknowledged writes are lost: every replica restarted before a flush; \
+                         the next flush fails, check the guest's file system"
+                    );
+                }
+            }
+        }
+    }
+
+    fn execute(&self, id: u64, call: &Call, blocks: Option<&Blocks>) -> Option<Answer> {
+        let (crcs, data) = blocks.map_or((&[][..], &[][..]), |b| (b.crcs(), b.bytes()));
+        self.replica.execute(call, crcs, data, || {
+            let this = self.this.clone();
+            let later: Later = Box::new(move |answer| {
+                if let Some(device) = this.upgrade() {
+                    device.deliver(id, answer);
+                    device.pump();
+                }
+            });
+            later
+        })
+    }
+
+    fn send(&self, inner: &mut Inner, node: NodeId, id: u64, call: &Call, blocks: Option<&Blocks>) {
+        let Some(this) = self.this.upgrade() else { return };
+        let caller: Arc<dyn Caller> = this;
+        let link = inner.links.entry(node).or_insert_with(|| self.peers.link(node));
+        if !link.send(&caller, id, call, blocks) {
+            inner.gateway.handle_unreachable(node);
+        } else if !inner.unsent.iter().any(|known| Arc::ptr_eq(known, link)) {
+            inner.unsent.push(Arc::clone(link));
+        }
+    }
+}
+
+impl Caller for VolumeDevice {
+    fn deliver(&self, id: u64, answer: Answer) {
+        self.post(Event::Answer(id, answer));
+    }
+
+    fn pump(&self) {
+        self.pump_events();
+    }
+
+    fn lost(&self, node: NodeId) {
+        self.post(Event::Lost(node));
+        self.pump_events();
+    }
+
+    fn connected(&self, node: NodeId) {
+        self.post(Event::Connected(node));
+        self.pump_events();
+    }
+}
+
+impl Block for VolumeDevice {
+    fn info(&self) -> BlockInfo {
+        BlockInfo { size: self.size, read_only: false, serial: self.name.clone() }
+    }
+
+    fn submit(&self, batch: &mut Vec<Request>) {
+        let mut inner = lock(&self.inner);
+        for request in batch.drain(..) {
+            inner.gateway.handle_request(request.op, request.token);
+        }
+        self.work(inner);
+        self.pump_events();
+    }
+}
