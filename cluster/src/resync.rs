@@ -3,6 +3,16 @@
 //! A disk that joined, came back, or got new slots compares itself with its peers, a window of
 //! slots at a time, and copies what differs from an authority. Writes of the current epoch reach
 //! it meanwhile; whatever they touch is made equal by their gateway first.
+//!
+//! Listings are taken one after the other while writes go on. A layer that is newer here than on
+//! the authorities may be a write that has reached this disk first: taking it back would undo what
+//! this disk has acknowledged. So a version of the volume's present writer is never taken back. Its
+//! gateway makes the replicas equal when it next opens the object.
+//!
+//! The caller has to
+//! - take all listings and run all actions in the epoch of `view`, and begin again when it ends;
+//! - flush the disk before it proposes `Synced`: only then does it count as holding what others
+//!   may have flushed long ago.
 
 use crate::view::{View, Waiting};
 use sheepdog_types::{DiskId, LayerKey, SlotId, Version};
@@ -18,7 +28,8 @@ pub type Listings = BTreeMap<DiskId, BTreeMap<LayerKey, Version>>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Copy the layer from `from`, unless it is no longer at `expect` here: then its gateway
-    /// took care of it.
+    /// took care of it. A source that has no such layer (`target` is [`Version::NONE`]) means
+    /// that it has to go here too (I9).
     Copy {
         /// Which.
         key: LayerKey,
@@ -29,7 +40,7 @@ pub enum Action {
         /// That version.
         target: Version,
     },
-    /// Delete the layer: nobody has it, or it belongs elsewhere by now (I9).
+    /// Delete the layer: its volume is gone, or it belongs elsewhere by now (I9).
     Delete {
         /// Which.
         key: LayerKey,
@@ -71,7 +82,10 @@ fn plan_layer(
     let version_on = |d: DiskId| listings.get(&d).and_then(|l| l.get(&key)).copied();
     let mine = version_on(disk);
     let delete = mine.map(|_| Action::Delete { key });
-    let Some(volume) = view.volumes.get(&key.object.volume) else { return Ok(delete) };
+    let Some(volume) = view.volumes.get(&key.object.volume) else {
+        // A volume younger than this view is no leftover.
+        return Ok(delete.filter(|_| key.object.volume <= view.last_volume));
+    };
     let (copies, slot) = (usize::from(volume.spec.copies), key.object.slot());
     if !view.is_member(slot, copies, disk) {
         return Ok(delete);
@@ -84,9 +98,7 @@ fn plan_layer(
         .max_by_key(|(version, d)| (*version, *d == disk));
     let Some((target, from)) = newest else { return Ok(None) };
     let expect = mine.unwrap_or(Version::NONE);
-    Ok(match target {
-        target if target == expect => None,
-        Version::NONE => delete,
-        target => Some(Action::Copy { key, expect, from, target }),
-    })
+    let may_be_under_way = expect > target && expect.writer >= volume.writer;
+    let equal = target == expect || may_be_under_way;
+    Ok((!equal).then_some(Action::Copy { key, expect, from, target }))
 }

@@ -28,7 +28,7 @@ impl<T> Slab<T> {
             (self.places.len() - 1) as u32
         });
         let place = &mut self.places[at as usize];
-        place.uses = place.uses.wrapping_add(1);
+        place.uses = place.uses.wrapping_add(1).max(1); // key 0 is never given out
         place.value = Some(value);
         (u64::from(place.uses) << 32) | u64::from(at)
     }

@@ -44,6 +44,8 @@ pub struct Disk {
     pub node: NodeId,
     /// Share of the ring.
     pub weight: u64,
+    /// Its node announced it at its latest entry.
+    pub present: bool,
     /// First epoch whose writes it may lack.
     pub missed_since: Option<Epoch>,
     /// It may lack writes that were acknowledged but not flushed before its node came back.
@@ -178,10 +180,11 @@ impl ClusterState {
         self.volumes.values().find(|v| v.spec.name == name)
     }
 
-    /// Whether the node of `disk` is up.
+    /// Whether `disk` is there and its node is up.
     #[must_use]
     pub fn disk_up(&self, disk: DiskId) -> bool {
-        self.disks.get(&disk).is_some_and(|d| self.nodes.get(&d.node).is_some_and(|n| n.up))
+        let node_up = |id| self.nodes.get(&id).is_some_and(|n| n.up);
+        self.disks.get(&disk).is_some_and(|d| d.present && node_up(d.node))
     }
 
     /// Nodes with disks that are up.
@@ -211,10 +214,12 @@ impl ClusterState {
         {
             return Ok(Outcome::Entered { epoch: node.entered }); // a repeated proposal
         }
-        let was_up = known.is_some_and(|n| n.up);
         let verb = if known.is_some() { "came back" } else { "joined" };
         let cause = format!("{} {verb}", info.address);
         let epoch = self.epoch.next();
+        let were_up: Vec<DiskId> =
+            self.disks.keys().copied().filter(|d| self.disk_up(*d)).collect();
+        let came_up = info.disks.iter().map(|d| d.id).filter(|d| !were_up.contains(d)).collect();
         let node = Node {
             address: info.address,
             zone: info.zone,
@@ -226,8 +231,8 @@ impl ClusterState {
         for disk in &info.disks {
             self.enter_disk(info.id, disk, epoch);
         }
-        let came_up = if was_up { Vec::new() } else { info.disks.iter().map(|d| d.id).collect() };
-        self.begin_epoch(EpochRecord { epoch, came_up, went_down: Vec::new(), cause, at });
+        let went_down = self.leave_out(info.id, &info.disks, &were_up, epoch);
+        self.begin_epoch(EpochRecord { epoch, came_up, went_down, cause, at });
         self.replan(at);
         Ok(Outcome::Entered { epoch: self.epoch })
     }
@@ -256,17 +261,40 @@ impl ClusterState {
         let disk = self.disks.entry(info.id).or_insert(Disk {
             node,
             weight: info.weight,
+            present: true,
             missed_since: Some(Epoch(0)),
             restarted: false,
             sync_from: None,
         });
         disk.weight = info.weight;
+        disk.present = true;
         if empty_cluster {
             (disk.missed_since, disk.restarted, disk.sync_from) = (None, false, None);
         } else {
             disk.restarted = true;
             disk.sync_from = Some(epoch);
         }
+    }
+
+    /// Disks of `node` that came back without: they are down although their node is up. Gives those
+    /// that were up before.
+    fn leave_out(
+        &mut self,
+        node: NodeId,
+        announced: &[DiskInfo],
+        were_up: &[DiskId],
+        epoch: Epoch,
+    ) -> Vec<DiskId> {
+        let mut went_down = Vec::new();
+        for (id, disk) in self.disks.iter_mut().filter(|(_, d)| d.node == node) {
+            if !announced.iter().any(|d| d.id == *id) {
+                disk.present = false;
+                disk.missed_since.get_or_insert(epoch);
+                disk.sync_from = None;
+                went_down.extend(were_up.contains(id).then_some(*id));
+            }
+        }
+        went_down
     }
 
     fn down(&mut self, id: NodeId, incarnation: u64, reason: &str, at: u64) -> Answer {
@@ -283,7 +311,7 @@ impl ClusterState {
         for (disk_id, disk) in self.disks.iter_mut().filter(|(_, d)| d.node == id) {
             disk.missed_since.get_or_insert(epoch);
             disk.sync_from = None;
-            went_down.push(*disk_id);
+            went_down.extend(disk.present.then_some(*disk_id));
         }
         self.begin_epoch(EpochRecord { epoch, came_up: Vec::new(), went_down, cause, at });
         Ok(Outcome::Done)
@@ -294,7 +322,7 @@ impl ClusterState {
             return Ok(Outcome::Done);
         };
         let current = self.nodes.get(&disk.node);
-        let fresh = current.is_some_and(|n| n.up && n.incarnation == incarnation);
+        let fresh = disk.present && current.is_some_and(|n| n.up && n.incarnation == incarnation);
         if !fresh || disk.sync_from.is_some_and(|from| basis < from) {
             return Ok(Outcome::Done); // it says nothing about what is needed by now
         }

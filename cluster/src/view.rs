@@ -4,7 +4,7 @@ use crate::command::MAX_COPIES;
 use crate::history::{EpochRecord, Forgotten, Standing, last_active};
 use crate::ring::{Member, Ring};
 use crate::state::{ClusterState, RingMembers, Volume};
-use sheepdog_types::{DiskId, Epoch, NodeId, SlotId, VolumeId};
+use sheepdog_types::{DiskId, Epoch, NodeId, ObjectId, ObjectIndex, SLOTS, SlotId, VolumeId};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -75,7 +75,7 @@ impl FromIterator<DiskId> for Disks {
 pub struct DiskView {
     /// Its node.
     pub node: NodeId,
-    /// The node is up.
+    /// The node is up and has this disk.
     pub up: bool,
     /// Epoch of the node's latest entry.
     pub entered: Epoch,
@@ -136,6 +136,8 @@ pub struct View {
     pub disks: BTreeMap<DiskId, DiskView>,
     /// All nodes.
     pub nodes: BTreeMap<NodeId, NodeView>,
+    /// Highest volume id ever given out.
+    pub last_volume: VolumeId,
     /// All volumes.
     pub volumes: Arc<BTreeMap<VolumeId, Arc<Volume>>>,
     history: Vec<EpochRecord>,
@@ -194,7 +196,7 @@ impl View {
             let node = state.nodes.get(&disk.node);
             let view = DiskView {
                 node: disk.node,
-                up: node.is_some_and(|n| n.up),
+                up: disk.present && node.is_some_and(|n| n.up),
                 entered: node.map_or(Epoch(0), |n| n.entered),
                 missed_since: disk.missed_since,
                 restarted: disk.restarted,
@@ -208,6 +210,7 @@ impl View {
             placement_since: state.placement_since,
             disks: disks.collect(),
             nodes: nodes.collect(),
+            last_volume: state.last_volume,
             volumes: Arc::clone(&state.volumes),
             history: state.history.clone(),
             ring: PlacedRing::reuse_or_build(&state.ring, previous),
@@ -238,6 +241,31 @@ impl View {
     #[must_use]
     pub fn is_up(&self, disk: DiskId) -> bool {
         self.disks.get(&disk).is_some_and(|d| d.up)
+    }
+
+    /// Whether every slot of `objects` objects of `volume` has at least `min_copies` up replicas
+    /// that lack no acknowledged write.
+    #[must_use]
+    pub fn is_intact(
+        &self,
+        volume: VolumeId,
+        objects: u64,
+        copies: usize,
+        min_copies: usize,
+    ) -> bool {
+        let intact = |d: &DiskView| d.up && d.missed_since.is_none() && !d.restarted;
+        if self.disks.values().all(intact) {
+            return self.disks.len() >= min_copies;
+        }
+        let enough = |slot: SlotId| {
+            let home = self.home(slot, copies);
+            home.iter().filter(|d| self.disks.get(d).is_some_and(intact)).count() >= min_copies
+        };
+        if objects >= SLOTS as u64 {
+            return (0..=u16::MAX).all(|slot| enough(SlotId(slot)));
+        }
+        (0..objects as u32)
+            .all(|index| enough(ObjectId { volume, index: ObjectIndex(index) }.slot()))
     }
 
     /// Whether replicas that were made equal in `epoch` still are, each having been written ever

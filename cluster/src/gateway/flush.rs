@@ -3,7 +3,7 @@
 use super::request::{Kind, Piece, PieceKind};
 use super::{Gateway, Purpose, is_passing};
 use crate::message::{Reply, Request};
-use sheepdog_types::{BlockError, DiskId, Epoch, ObjectIndex, Token};
+use sheepdog_types::{BlockError, DiskId, Epoch, OBJECT_SIZE, ObjectIndex, Token};
 use std::collections::{BTreeMap, HashMap};
 
 /// What is not durable yet.
@@ -18,7 +18,10 @@ pub(super) struct FlushState {
     /// A dirty disk went away or was restarted: the objects have to be compared before a flush.
     verify: bool,
     /// Acknowledged writes are gone; the next flush has to say so.
-    pub lost: bool,
+    lost: bool,
+    /// An earlier gateway of this volume may have left acknowledged writes unflushed, nobody knows
+    /// of which objects.
+    inherited: bool,
     /// A call was rejected for a passing reason.
     pub retry: bool,
     /// Guest requests that wait for a flush.
@@ -38,6 +41,8 @@ pub(super) struct GuestFlush {
     started: u64,
     /// Calls are out; before that, objects are compared.
     syncing: bool,
+    /// Acknowledged writes were lost while it ran.
+    lost: bool,
     /// Disks that have not answered, and the call each was sent; 0 for none.
     waiting: Vec<(DiskId, u64)>,
 }
@@ -57,6 +62,35 @@ impl FlushState {
 }
 
 impl Gateway {
+    /// What earlier gateways wrote may not be durable anywhere: the first flush goes to all disks.
+    pub(super) fn inherit_unflushed(&mut self) {
+        self.flush.inherited = true;
+        self.flush.clock += 1;
+        let (last_write, since) = (self.flush.clock, self.view.epoch);
+        let up = self.view.disks.iter().filter(|(_, d)| d.up).map(|(id, _)| *id);
+        self.flush.dirty = up.map(|id| (id, Dirty { last_write, since })).collect();
+    }
+
+    /// Whether the writes of earlier gateways are on enough replicas for a flush to count. With
+    /// fewer, they would be forgotten if the few failed before the others have compared.
+    fn inheritance_is_safe(&self) -> bool {
+        let config = &self.config;
+        let objects = config.size.div_ceil(OBJECT_SIZE);
+        !self.flush.inherited
+            || self.view.is_intact(config.volume, objects, config.copies, config.min_copies)
+    }
+
+    /// Fails the flushes that run, or the next one.
+    pub(super) fn note_lost_writes(&mut self) {
+        let running = self.flush.running.clone();
+        self.flush.lost |= running.is_empty();
+        for id in running {
+            if let Some(flush) = self.guest_flush(id) {
+                flush.lost = true;
+            }
+        }
+    }
+
     pub(super) fn begin_flush(&mut self, token: Token) {
         let id = self.admit(token, 0, Kind::Flush(GuestFlush::default()));
         self.start_flush(id);
@@ -89,8 +123,14 @@ impl Gateway {
     /// All objects are compared: asks the disks.
     pub(super) fn on_flush_piece_done(&mut self, id: u64) {
         if std::mem::take(&mut self.flush.lost) {
-            self.end_flush(id, Some(BlockError::Io));
+            self.note_lost_writes();
+        }
+        if self.guest_flush(id).is_some_and(|f| f.lost) {
+            self.end_flush(id);
             return;
+        }
+        if !self.inheritance_is_safe() {
+            return; // goes on with a later revision
         }
         let disks: Vec<DiskId> = self.flush.dirty.keys().copied().collect();
         let waiting = disks.into_iter().map(|disk| (disk, 0)).collect();
@@ -110,6 +150,8 @@ impl Gateway {
     fn transmit_flush(&mut self, id: u64) {
         let Some(flush) = self.guest_flush(id).filter(|f| f.syncing) else { return };
         let mut waiting = std::mem::take(&mut flush.waiting);
+        // Another flush may have made a disk clean, and the disk be gone since.
+        waiting.retain(|(disk, _)| self.flush.dirty.contains_key(disk));
         for (disk, call) in &mut waiting {
             if self.calls.get(*call).is_none() {
                 let purpose = Purpose::Flush { request: id };
@@ -121,7 +163,7 @@ impl Gateway {
             flush.waiting = waiting;
         }
         if done {
-            self.end_flush(id, None);
+            self.end_flush(id);
         }
     }
 
@@ -142,16 +184,18 @@ impl Gateway {
             self.flush.dirty.remove(&disk);
         }
         if done {
-            self.end_flush(id, None);
+            self.end_flush(id);
         }
     }
 
-    fn end_flush(&mut self, id: u64, error: Option<BlockError>) {
-        let started = self.guest_flush(id).map_or(0, |f| f.started);
+    fn end_flush(&mut self, id: u64) {
+        let (started, lost) = self.guest_flush(id).map_or((0, false), |f| (f.started, f.lost));
+        let error = lost.then_some(BlockError::Io);
         self.flush.running.retain(|r| *r != id);
         if error.is_none() {
             self.flush.unflushed.retain(|_, last_write| *last_write > started);
             self.flush.verify = false;
+            self.flush.inherited = false;
         }
         if let Some(request) = self.requests.get_mut(id) {
             request.error = error;
@@ -180,7 +224,9 @@ impl Gateway {
         flush.verify |= lost_one;
         self.forget_calls(|p| matches!(p, Purpose::Flush { .. }));
         for id in self.flush.running.clone() {
-            if lost_one {
+            let held_back =
+                self.requests.get(id).is_some_and(|r| r.pieces == 0) && !self.is_syncing(id);
+            if lost_one || held_back {
                 self.restart_flush(id);
             } else {
                 self.transmit_flush(id);
@@ -188,14 +234,17 @@ impl Gateway {
         }
     }
 
+    fn is_syncing(&mut self, id: u64) -> bool {
+        self.guest_flush(id).is_some_and(|f| f.syncing)
+    }
+
     fn restart_flush(&mut self, id: u64) {
         let Some(flush) = self.guest_flush(id) else { return };
-        let was_syncing = std::mem::take(&mut flush.syncing);
+        flush.syncing = false;
         flush.waiting.clear();
         if let Some(request) = self.requests.get_mut(id) {
             request.pieces += 1;
         }
-        debug_assert!(was_syncing || self.requests.get(id).is_some_and(|r| r.pieces > 1));
         self.touch_unflushed(id);
         self.finish_piece(id, Ok(()));
     }

@@ -116,7 +116,7 @@ enum Purpose {
     Fence,
     Stat { object: ObjectIndex },
     Recover { object: ObjectIndex },
-    Write { object: ObjectIndex, version_seq: u64 },
+    Write { object: ObjectIndex },
     Read(ReadPiece),
     Flush { request: u64 },
 }
@@ -191,6 +191,7 @@ impl Gateway {
             effects: VecDeque::new(),
             counters: Counters::default(),
         };
+        gateway.inherit_unflushed();
         gateway.check_attachment();
         gateway.send_fences();
         gateway
@@ -223,9 +224,7 @@ impl Gateway {
             Purpose::Fence => self.on_fence_reply(disk, &reply),
             Purpose::Stat { object } => self.on_stat_reply(object, disk, &reply),
             Purpose::Recover { object } => self.on_recover_reply(object, disk, &reply),
-            Purpose::Write { object, version_seq } => {
-                self.on_write_reply(object, disk, version_seq, &reply);
-            }
+            Purpose::Write { object } => self.on_write_reply(object, disk, id, &reply),
             Purpose::Read(piece) => self.on_read_reply(piece, disk, &reply, data),
             Purpose::Flush { request } => self.on_flush_reply(request, disk, &reply),
         }
@@ -274,6 +273,7 @@ impl Gateway {
                 Purpose::Fence | Purpose::Write { .. } | Purpose::Flush { .. } => {}
             }
         }
+        self.drain_queue(); // reads may have ended with an error
     }
 
     /// `node` can be reached again: what it did not answer is sent again, in order.

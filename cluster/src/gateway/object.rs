@@ -58,6 +58,7 @@ impl Work {
             && self.waiting.is_empty()
             && self.locks.is_empty()
             && self.suspect.is_none()
+            && !self.roll_back
     }
 
     /// Whether `piece` may start although the first `ahead` waiting pieces have not.
@@ -106,7 +107,7 @@ impl Gateway {
         } else {
             self.object(index).work().waiting.push_back(piece);
             self.active.insert(index);
-            if !ready {
+            if !ready && !self.retry.contains(&index) {
                 self.open_if_possible(index);
             }
         }

@@ -98,13 +98,13 @@ impl Gateway {
         opening.target = target;
         object.highest_seq =
             opening.versions.iter().map(|(_, v)| v.seq).fold(object.highest_seq, u64::max);
+        // The same version means the same bytes (I5), whoever has it.
         let good = opening
             .versions
             .iter()
-            .find(|(d, v)| {
-                *v == target && opening.slot.authorities.contains(*d) && suspect != Some(*d)
-            })
-            .map(|(d, _)| *d);
+            .filter(|(d, v)| *v == target && suspect != Some(*d))
+            .map(|(d, _)| *d)
+            .max_by_key(|d| opening.slot.authorities.contains(*d));
         let wrong: Vec<(DiskId, Version)> = opening
             .versions
             .iter()
@@ -153,6 +153,7 @@ impl Gateway {
             return;
         }
         self.counters.recovered += 1;
+        self.flush.note_write(disk, index); // a flush may have overtaken the copy
         let Some(opening) = self.object(index).work().opening.as_mut() else { return };
         opening.recovering.retain(|d| *d != disk);
         if opening.recovering.is_empty() {
@@ -173,7 +174,7 @@ impl Gateway {
         object.settled = opening.target;
         self.counters.opened += 1;
         if lost {
-            self.flush.lost = true;
+            self.note_lost_writes();
             self.effects.push_back(Effect::LostWrites { object: self.object_id(index) });
         }
         self.continue_writes(index, opening.target);

@@ -102,7 +102,7 @@ impl Gateway {
                 first: write.first,
                 body: write.body,
             };
-            let purpose = Purpose::Write { object: index, version_seq: write.version.seq };
+            let purpose = Purpose::Write { object: index };
             *call = self.call(*disk, request, write.blocks.clone(), purpose).unwrap_or(0);
             self.flush.note_write(*disk, index);
         }
@@ -112,13 +112,16 @@ impl Gateway {
         &mut self,
         index: ObjectIndex,
         disk: DiskId,
-        seq: u64,
+        call: u64,
         reply: &Reply,
     ) {
         let Some(work) = self.objects.get_mut(&index).and_then(|o| o.work.as_mut()) else {
             return;
         };
-        let Some(at) = work.writes.iter().position(|w| w.version.seq == seq) else { return };
+        // Only the latest call of a write counts: an earlier one may have been answered before
+        // the disk was away.
+        let current = |w: &InFlight| w.pending.contains(&(disk, call));
+        let Some(at) = work.writes.iter().position(current) else { return };
         match reply {
             Reply::Done => {
                 work.writes[at].pending.retain(|(d, _)| *d != disk);
@@ -127,10 +130,11 @@ impl Gateway {
                 }
             }
             Reply::Failed(Failure::NoSpace) => {
-                work.roll_back = true;
-                self.settle(index, at, Err(BlockError::NoSpace));
+                // Closed first, so that nothing is chained to a write that is not there.
                 self.close_object(index);
+                self.object(index).work().roll_back = true;
                 self.open_if_possible(index);
+                self.settle(index, at, Err(BlockError::NoSpace));
             }
             Reply::Failed(Failure::Behind { .. }) => {
                 self.close_object(index);
