@@ -152,7 +152,7 @@ pub enum ExportCommand {
     #[command(after_help = "Example:\n  dog export list")]
     List,
     /// Stop serving a volume on the node that is asked: all its exports there, or the named ones.
-    #[command(after_help = "It is no error if there is nothing to remove.\n\n\
+    #[command(after_help = "It is an error if there is nothing to remove.\n\n\
                       Example:\n  dog export remove vm1                     all exports of vm1\n  \
                       dog export remove vm1 --nbd               its NBD exports\n  \
                       dog export remove vm1 --nbd 127.0.0.1:10809")]
