@@ -8,16 +8,13 @@
 use crate::cluster::{LEASE, LEASE_MARGIN, lock};
 use crate::control::NodeReply;
 use crate::node::{Node, now};
+use crate::tasks::refuses;
 use sheepdog_cluster::command::{Command, encode_command};
 use sheepdog_log::ClusterLog;
 use sheepdog_types::NodeId;
 use std::collections::HashMap;
-use std::io;
 use std::sync::Mutex;
-use std::time::{Duration, Instant};
-
-/// How long a probe of a suspected node waits.
-const PROBE: Duration = Duration::from_millis(500);
+use std::time::Instant;
 
 #[derive(Debug, Default)]
 struct Leases {
@@ -89,17 +86,14 @@ impl Leader {
         }
     }
 
-    /// A node's port is said to refuses connections: looks for itself, and declares it down if so.
+    /// A node's port is said to refuse connections: looks for itself, and declares it down if so.
     pub async fn probe(&self, node: &Node, id: NodeId) {
         let view = node.cluster.view();
         let Some(suspect) = view.nodes.get(&id).filter(|n| n.up) else { return };
         if !node.log.is_confirmed_leader() || id == node.cluster.node {
             return;
         }
-        let connect = tokio::net::TcpStream::connect(&suspect.address);
-        if let Ok(Err(error)) = tokio::time::timeout(PROBE, connect).await
-            && error.kind() == io::ErrorKind::ConnectionRefused
-        {
+        if refuses(node, id).await {
             let reason = "its process is gone (connection refused)";
             declare_down(node, id, suspect.incarnation, reason).await;
         }

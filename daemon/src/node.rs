@@ -105,8 +105,9 @@ pub async fn start(config: Config) -> Result<Arc<Node>, StartError> {
     let listener = TcpListener::bind(address)
         .await
         .map_err(|e| format!("cannot listen on {address}: {e}; choose another --listen"))?;
-    let (identity, founder) = match known {
-        Some(identity) => (revisit(&dir, identity, address, &config).await?, false),
+    let is_new = known.is_none();
+    let identity = match known {
+        Some(identity) => revisit(&dir, identity, address, &config).await?,
         None => introduce(&dir, address, &config).await?,
     };
     let cluster_id: ClusterId = identity.cluster.parse()?;
@@ -122,7 +123,9 @@ pub async fn start(config: Config) -> Result<Arc<Node>, StartError> {
     replica.set_peers(&peers);
     let transport =
         Arc::new(LogTransport::new(ControlClient::new(cluster_id, id), on_refused(refused)));
-    let log = open_log(&dir, &identity, id, &cluster, transport, founder).await?;
+    let log = open_log(&dir, &identity, id, &cluster, transport, is_new).await?;
+    // Last: a start that failed before it leaves a directory that counts as empty.
+    dir.save_identity(&identity)?;
     let exports = Arc::new(ExportTable::load(
         Arc::clone(&dir),
         Arc::clone(&cluster),
@@ -197,7 +200,6 @@ async fn revisit(
             .into());
         }
     }
-    dir.save_identity(&identity)?;
     Ok(identity)
 }
 
@@ -206,7 +208,14 @@ async fn introduce(
     dir: &NodeDir,
     address: SocketAddr,
     config: &Config,
-) -> Result<(Identity, bool), StartError> {
+) -> Result<Identity, StartError> {
+    // What a start that failed half-way left behind holds nothing: no node had its id.
+    for leftover in ["disk", "cluster"] {
+        let path = dir.path().join(leftover);
+        if path.exists() {
+            std::fs::remove_dir_all(&path)?;
+        }
+    }
     let id = NodeId(random_id()?);
     let cluster = if config.join.is_empty() {
         ClusterId(random_id()?)
@@ -215,10 +224,6 @@ async fn introduce(
     };
     let default = dir.path().join("disk");
     let wanted = if config.disks.is_empty() {
-        // A start that failed half-way leaves a store that holds nothing: no node had its id.
-        if default.exists() {
-            std::fs::remove_dir_all(&default)?;
-        }
         vec![(default, None)]
     } else {
         config.disks.clone()
@@ -252,8 +257,7 @@ async fn introduce(
         disks,
         join: config.join.iter().map(ToString::to_string).collect(),
     };
-    dir.save_identity(&identity)?;
-    Ok((identity, config.join.is_empty()))
+    Ok(identity)
 }
 
 fn check_address(address: SocketAddr, insecure: bool) -> Result<(), StartError> {
@@ -320,12 +324,15 @@ async fn open_log(
     id: NodeId,
     cluster: &Arc<Cluster>,
     transport: Arc<LogTransport>,
-    founder: bool,
+    is_new: bool,
 ) -> Result<Arc<RaftLog>, StartError> {
     let path = dir.path().join("cluster");
+    if is_new {
+        std::fs::create_dir_all(&path)?;
+    }
     let (address, options) = (identity.address.as_str(), LogOptions::default());
     let machine: Arc<dyn sheepdog_log::StateMachine> = Arc::clone(cluster) as _;
-    let log = if founder || (identity.join.is_empty() && !path.exists()) {
+    let log = if is_new && identity.join.is_empty() {
         RaftLog::bootstrap(&path, id.0, address, machine, transport, options).await
     } else {
         RaftLog::open(&path, id.0, machine, transport, options).await

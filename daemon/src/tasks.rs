@@ -15,6 +15,8 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 const RENEW_EVERY: Duration = Duration::from_millis(250);
 const TEND_EVERY: Duration = Duration::from_millis(200);
 const TICK_EVERY: Duration = Duration::from_millis(20);
+/// How long a probe of a suspected node waits.
+const PROBE: Duration = Duration::from_millis(500);
 const EXPORT_RETRY: Duration = Duration::from_millis(500);
 
 /// Starts everything.
@@ -174,6 +176,14 @@ async fn resume_exports(node: Arc<Node>) {
     }
 }
 
+/// Whether a node's port refuses a connection now, which proves that its process is gone.
+pub async fn refuses(node: &Node, id: NodeId) -> bool {
+    let address = node.cluster.view().nodes.get(&id).map(|n| n.address.clone());
+    let Some(address) = address else { return false };
+    let connect = tokio::time::timeout(PROBE, tokio::net::TcpStream::connect(address)).await;
+    matches!(connect, Ok(Err(e)) if e.kind() == std::io::ErrorKind::ConnectionRefused)
+}
+
 /// Tells the leader of nodes whose port refuses connections.
 async fn report_refusals(node: Arc<Node>, mut refusals: mpsc::UnboundedReceiver<NodeId>) {
     while let Some(first) = refusals.recv().await {
@@ -188,6 +198,10 @@ async fn report_refusals(node: Arc<Node>, mut refusals: mpsc::UnboundedReceiver<
             let status = node.log.status();
             if status.is_leader {
                 node.leader.probe(&node, suspect).await;
+            } else if status.leader == Some(suspect.0) {
+                if refuses(&node, suspect).await {
+                    node.log.leader_died(suspect.0).await;
+                }
             } else if let Some(address) = status.leader.and_then(|l| status.addresses.get(&l)) {
                 let report = NodeRequest::Refused { node: suspect };
                 let ask = node.client.ask(address, &report);

@@ -2,6 +2,7 @@
 
 use clap::{Parser, ValueEnum};
 use sheepdog::node::{self, Config, StartError};
+use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -77,9 +78,10 @@ fn disk(text: &str) -> Result<(PathBuf, Option<u64>), String> {
 
 fn start_log(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| {
-        EnvFilter::new("info,openraft=warn,vhost=warn,vhost_user_backend=warn")
+        EnvFilter::new("info,openraft=error,vhost=warn,vhost_user_backend=warn")
     });
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = log.with_ansi(std::io::stderr().is_terminal());
     match format {
         LogFormat::Human => log.with_target(false).init(),
         LogFormat::Json => log.json().init(),
