@@ -238,6 +238,9 @@ impl Cluster {
         let begin = Instant::now();
         for index in &running {
             loop {
+                for other in &running {
+                    assert!(!self.process(*other).is_dead(), "node {other} has died");
+                }
                 let health = self.try_dog(*index, &["cluster", "health"]);
                 let nodes = self.try_dog(*index, &["node", "list"]);
                 let list = nodes.as_ref().ok().and_then(Value::as_array);

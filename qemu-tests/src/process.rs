@@ -65,6 +65,12 @@ impl Process {
         self.child.try_wait().unwrap_or_else(|e| panic!("wait for {}: {e}", self.what))
     }
 
+    /// Whether it has died; it stays a zombie until someone asks how.
+    pub fn is_dead(&self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid()));
+        stat.is_ok_and(|s| s.rsplit(')').next().is_some_and(|rest| rest.starts_with(" Z")))
+    }
+
     /// Waits for its end.
     pub fn wait(&mut self, limit: Duration) -> ExitStatus {
         let what = format!("the end of {}", self.what);
