@@ -121,12 +121,14 @@ pub enum Request {
         /// Number of blocks.
         count: u16,
     },
-    /// Asks for the version of a layer.
+    /// Asks for the version of a layer. Recoveries of the layer that are under way are given up
+    /// first: the caller decides by the answer, and nothing else may change the layer after it.
     Stat {
         /// Which.
         key: LayerKey,
     },
-    /// Makes the layer equal to another disk's, if it still is at `expect`.
+    /// Makes the layer equal to another disk's, if it still is at `expect`, the other one at
+    /// `target`, and the epoch the one of the call, all when the copy is put in place.
     Recover {
         /// Which.
         key: LayerKey,

@@ -58,11 +58,28 @@ pub fn peers(view: &View, disk: DiskId) -> Vec<DiskId> {
     view.disks.iter().filter(|(id, d)| **id != disk && d.up).map(|(id, _)| *id).collect()
 }
 
-/// What `disk` has to do in a window, given the listings of itself and of all its [`peers`].
+/// What `disk` has to do, given the listings of all slots of itself and of all its [`peers`]:
+/// [`plan_window`] for all slots at once.
 ///
 /// # Errors
 /// [`Waiting`] when nobody who is up can tell what is newest in some slot.
 pub fn plan(view: &View, disk: DiskId, listings: &Listings) -> Result<Vec<Action>, Waiting> {
+    plan_window(view, disk, (SlotId(0), SlotId(u16::MAX)), listings)
+}
+
+/// What `disk` has to do in a window of slots, given the listings of these slots of itself and of
+/// all its [`peers`].
+///
+/// # Errors
+/// [`Waiting`] when nobody who is up can tell what is newest in some slot of the window, whether
+/// anybody lists a layer there or not: those who are down may have layers that nobody else has.
+pub fn plan_window(
+    view: &View,
+    disk: DiskId,
+    window: (SlotId, SlotId),
+    listings: &Listings,
+) -> Result<Vec<Action>, Waiting> {
+    check_slots(view, disk, window)?;
     let keys: BTreeSet<LayerKey> = listings.values().flat_map(|l| l.keys().copied()).collect();
     let mut actions = Vec::new();
     for key in keys {
@@ -71,6 +88,20 @@ pub fn plan(view: &View, disk: DiskId, listings: &Listings) -> Result<Vec<Action
         }
     }
     Ok(actions)
+}
+
+fn check_slots(view: &View, disk: DiskId, window: (SlotId, SlotId)) -> Result<(), Waiting> {
+    let specs = view.volumes.values().map(|v| &v.spec);
+    let policies: BTreeSet<(usize, usize)> =
+        specs.map(|s| (usize::from(s.copies), usize::from(s.min_copies))).collect();
+    for slot in (window.0.0..=window.1.0).map(SlotId) {
+        for &(copies, min_copies) in &policies {
+            if view.is_member(slot, copies, disk) {
+                view.slot(slot, copies, min_copies)?;
+            }
+        }
+    }
+    Ok(())
 }
 
 fn plan_layer(

@@ -15,7 +15,9 @@
 //! writes, sends each to all members in parallel, and acknowledges it when all have it (I2).
 //!
 //! The caller runs the effects in order. Calls to one node have to arrive in the order of the
-//! effects while the node stays reachable; whatever is lost is sent again.
+//! effects while the node stays reachable; whatever is lost is sent again. A replica gives up what
+//! it has received over a connection, and not begun, when the gateway connects again: otherwise an
+//! old recovery could change a layer after the gateway asked for its version.
 
 mod flush;
 mod object;

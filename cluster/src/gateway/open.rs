@@ -88,7 +88,14 @@ impl Gateway {
             let is_one = |d: &DiskId| opening.slot.authorities.contains(*d);
             opening.versions.iter().filter(move |(d, _)| is_one(d)).map(|(_, v)| *v)
         };
-        let newest = of_authorities().max().unwrap_or(Version::NONE);
+        // A damaged copy does not count while a whole one has all that was acknowledged: what it
+        // has beyond is sent again.
+        let whole = opening.versions.iter().filter(|(d, v)| {
+            opening.slot.authorities.contains(*d) && suspect != Some(*d) && *v >= settled
+        });
+        let newest = (whole.map(|(_, v)| *v).max())
+            .or_else(|| of_authorities().max())
+            .unwrap_or(Version::NONE);
         // What is not acknowledged may be undone; nothing older may.
         let target = if roll_back {
             of_authorities().filter(|v| *v >= settled).min().unwrap_or(newest)

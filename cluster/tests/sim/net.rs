@@ -41,6 +41,7 @@ impl Port {
 /// A call that a replica had received when its connection broke, and works on later.
 pub struct Straggler {
     at: u64,
+    from: usize,
     node: usize,
     incarnation: u64,
     call: Call,
@@ -62,6 +63,7 @@ pub struct Job {
     epoch: Epoch,
     key: LayerKey,
     expect: Version,
+    target: Version,
     from: DiskId,
     call: Option<Call>,
     image: Option<Image>,
@@ -108,7 +110,7 @@ impl World {
             for (at, _, call, blocks) in calls {
                 let at = at + self.rng.range(0, 60);
                 let incarnation = self.nodes[to].incarnation;
-                self.stragglers.push(Straggler { at, node: to, incarnation, call, blocks });
+                self.stragglers.push(Straggler { at, from, node: to, incarnation, call, blocks });
             }
         }
     }
@@ -146,6 +148,8 @@ impl World {
             Link::Broken(_) => {}
             Link::Down => {
                 if self.nodes[to].alive && self.rng.chance(60) {
+                    // A replica gives up what came over the connection before.
+                    self.stragglers.retain(|s| (s.from, s.node) != (from, to));
                     let port = &mut self.instances[from].ports[to];
                     (port.link, port.count) = (Link::Up, port.count + 1);
                     let id = self.nodes[to].id;
@@ -240,7 +244,11 @@ impl World {
                     Err(block) => Reply::Failed(Failure::Checksum { block }),
                 }
             }
-            Request::Stat { key } => Reply::Version { version: store.version(*key) },
+            Request::Stat { key } => {
+                let version = store.version(*key);
+                self.cancel_copies(node, *key);
+                Reply::Version { version }
+            }
             Request::Flush => {
                 if mutant != Mutant::FlushLies {
                     store.flush();
@@ -248,7 +256,7 @@ impl World {
                 Reply::Done
             }
             Request::Recover { .. } if mutant == Mutant::RecoverNothing => Reply::Done,
-            Request::Recover { key, expect, from, .. } => {
+            Request::Recover { key, expect, from, target } => {
                 let have = store.version(*key);
                 if have == *expect {
                     let origin = origin.unwrap_or(Origin::Gateway {
@@ -257,7 +265,8 @@ impl World {
                         count: u64::MAX,
                         id: 0,
                     });
-                    self.start_copy(node, *key, *expect, *from, Some(call.clone()), origin);
+                    let versions = (*expect, *target);
+                    self.start_copy(node, *key, versions, *from, Some(call.clone()), origin);
                     return None;
                 }
                 Reply::Failed(Failure::Behind { have })
@@ -272,7 +281,7 @@ impl World {
         &mut self,
         node: usize,
         key: LayerKey,
-        expect: Version,
+        (expect, target): (Version, Version),
         from: DiskId,
         call: Option<Call>,
         origin: Origin,
@@ -288,11 +297,23 @@ impl World {
             epoch,
             key,
             expect,
+            target,
             from,
             call,
             image,
             origin,
         });
+    }
+
+    /// A gateway that asks for a version counts on it: no copy may change it behind its back.
+    fn cancel_copies(&mut self, node: usize, key: LayerKey) {
+        let (cancelled, others) = std::mem::take(&mut self.jobs)
+            .into_iter()
+            .partition::<Vec<_>, _>(|j| j.node == node && j.key == key);
+        self.jobs = others;
+        for job in cancelled {
+            self.report(&job, Err(Reply::Failed(Failure::Source)));
+        }
     }
 
     pub fn run_jobs(&mut self) {
@@ -325,7 +346,8 @@ impl World {
         let store = &self.nodes[source].store;
         let usable = self.nodes[source].alive
             && self.admit(source, &call).is_ok()
-            && !store.is_damaged(job.key);
+            && !store.is_damaged(job.key)
+            && (store.version(job.key) == job.target || job.origin == Origin::Sync);
         if usable {
             job.image = Some(store.image(job.key));
             job.at = self.now + self.rng.range(1, 25);

@@ -1,13 +1,17 @@
 //! The driver of resynchronisation: listings, plan, copies, flush, `Synced`.
 
+use super::guest::OBJECTS;
 use super::net::Origin;
 use super::world::{Mutant, World};
 use sheepdog_cluster::command::Command;
 use sheepdog_cluster::message::{Call, Failure, Reply, Request};
 use sheepdog_cluster::replica;
 use sheepdog_cluster::resync::{self, Action, Listings};
-use sheepdog_types::{DiskId, Epoch, SlotId, WriterGen};
-use std::collections::VecDeque;
+use sheepdog_cluster::view::{View, Waiting};
+use sheepdog_types::{
+    DiskId, Epoch, LayerKey, ObjectId, ObjectIndex, SlotId, Version, VolumeId, WriterGen,
+};
+use std::collections::{BTreeMap, VecDeque};
 
 pub struct Sync {
     basis: Epoch,
@@ -15,6 +19,27 @@ pub struct Sync {
     listings: Listings,
     actions: Option<VecDeque<Action>>,
     copying: bool,
+}
+
+/// The plan for the windows that have slots of the volumes; there is nothing in the others.
+fn plan_windows(view: &View, disk: DiskId, listings: &Listings) -> Result<Vec<Action>, Waiting> {
+    let objects = (0..OBJECTS).flat_map(|index| {
+        let index = ObjectIndex(index);
+        (1..=2).map(move |volume| ObjectId { volume: VolumeId(volume), index })
+    });
+    let slots: Vec<SlotId> = objects.map(ObjectId::slot).collect();
+    let mut actions = Vec::new();
+    for window in resync::windows() {
+        let inside = |slot: &SlotId| (window.0..=window.1).contains(slot);
+        if slots.iter().any(inside) {
+            let of_window = |l: &BTreeMap<LayerKey, Version>| {
+                l.iter().filter(|(k, _)| inside(&k.object.slot())).map(|(k, v)| (*k, *v)).collect()
+            };
+            let part = listings.iter().map(|(d, l)| (*d, of_window(l))).collect();
+            actions.extend(resync::plan_window(view, disk, window, &part)?);
+        }
+    }
+    Ok(actions)
 }
 
 impl World {
@@ -45,7 +70,7 @@ impl World {
         } else if !sync.missing.is_empty() {
             self.ask_listing(at, sync.missing[0]);
         } else if sync.actions.is_none() {
-            match resync::plan(&view, disk, &sync.listings) {
+            match plan_windows(&view, disk, &sync.listings) {
                 Ok(actions) => {
                     if let Some(sync) = &mut self.nodes[at].sync {
                         sync.actions = Some(actions.into());
@@ -85,9 +110,9 @@ impl World {
         }
         match action {
             Some(_) if self.mutant == Mutant::SyncNothing => {}
-            Some(Action::Copy { key, expect, from, .. }) => {
+            Some(Action::Copy { key, expect, from, target }) => {
                 sync.copying = true;
-                self.start_copy(at, key, expect, from, None, Origin::Sync);
+                self.start_copy(at, key, (expect, target), from, None, Origin::Sync);
             }
             Some(Action::Delete { key }) => {
                 self.nodes[at].store.replace(key, Default::default());
