@@ -127,7 +127,12 @@ impl World {
         self.nodes[at].sync = None;
         self.nodes[at].enters_at = None;
         for instance in self.instances.iter_mut().filter(|i| i.node == at) {
-            instance.frozen |= self.rng.chance(300);
+            match self.rng.below(3) {
+                0 => instance.frozen = true,
+                1 => instance.held = true,
+                _ => {}
+            }
+            self.nodes[at].frozen |= instance.frozen;
         }
         self.down(at);
         let mine = self.active.is_some_and(|a| self.instances[a].node == at);

@@ -106,7 +106,12 @@ pub struct Instance {
     pub ports: Vec<Port>,
     pub inbox: Arc<Inbox>,
     pub alive: bool,
+    /// It hears nothing of the log any more.
     pub frozen: bool,
+    /// It hears nothing from the attachment on that replaces it.
+    pub held: bool,
+    /// It hears of the log up to here.
+    pub limit: usize,
     pub view_at: usize,
     /// Requests of a zombie's guest that began after another gateway served.
     pub forbidden: BTreeSet<u64>,
@@ -349,6 +354,7 @@ impl World {
             self.settle()?;
             self.final_reads()?;
             self.compare_replicas()?;
+            self.check_deleted()?;
         }
         self.stats.steps = self.now;
         self.stats.requests = self.guest.issued();
@@ -483,8 +489,8 @@ impl World {
         }
         for at in 0..self.instances.len() {
             let instance = &self.instances[at];
-            let known = self.nodes[instance.node].applied;
-            if instance.alive && !instance.frozen && instance.view_at != known {
+            let known = self.nodes[instance.node].applied.min(instance.limit);
+            if instance.alive && !instance.frozen && instance.view_at < known {
                 let view = Arc::clone(&self.views[known]);
                 let newer = view.epoch > self.views[instance.view_at].epoch;
                 self.instances[at].view_at = known;
@@ -531,6 +537,8 @@ impl World {
                     inbox: Arc::default(),
                     alive: true,
                     frozen: false,
+                    held: false,
+                    limit: usize::MAX,
                     view_at,
                     forbidden: BTreeSet::new(),
                 });
@@ -546,10 +554,26 @@ impl World {
             }
             let command = Command::Attach { name: "vm".into(), gateway, incarnation, at: self.now };
             if let Ok(Outcome::Attached { writer, .. }) = self.propose(command) {
-                self.attaching = Some((at, writer, self.views.len() - 1));
+                let entry = self.views.len() - 1;
+                self.attaching = Some((at, writer, entry));
+                for old in self.instances.iter_mut().filter(|i| i.held) {
+                    old.limit = old.limit.min(entry - 1);
+                }
                 self.stats.takeovers += 1;
             }
         }
+    }
+
+    /// After all disks came back and are synced: nothing is left of what was deleted.
+    fn check_deleted(&self) -> Result<(), String> {
+        for node in &self.nodes {
+            for key in node.store.listing().keys() {
+                if self.state.volumes.get(&key.object.volume).is_none() {
+                    return Err(format!("node {} still has {key} of a deleted volume", node.id));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// After all is settled and read: every member of every object has the same.
