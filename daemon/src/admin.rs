@@ -455,9 +455,9 @@ async fn remove_export(
     let exports = Arc::clone(&node.exports);
     let removed =
         tokio::task::spawn_blocking(move || exports.remove(&volume, protocol, address.as_deref()));
-    let (removed, attachment) = removed.await.map_err(|e| e.to_string())??;
-    if let Some((volume, writer)) = attachment {
+    let removed = removed.await.map_err(|e| e.to_string())??;
+    if let Some((volume, writer)) = removed.detach {
         detach(node, volume, writer).await;
     }
-    json(removed)
+    json(removed.exports)
 }

@@ -61,6 +61,15 @@ struct Export {
     problem: Option<String>,
 }
 
+/// What [`ExportTable::remove`] did.
+#[derive(Debug)]
+pub struct Removed {
+    /// The exports that are gone.
+    pub exports: Vec<ExportInfo>,
+    /// The attachment to give back: the volume has no export any more.
+    pub detach: Option<(VolumeId, WriterGen)>,
+}
+
 /// A volume that this node has attached.
 struct Attached {
     device: Arc<VolumeDevice>,
@@ -228,8 +237,7 @@ impl ExportTable {
         table.exports.iter().map(|export| info(&table, export)).collect()
     }
 
-    /// Stops and forgets exports; gives them, and the attachment to give back if the volume has no
-    /// export any more.
+    /// Stops and forgets exports.
     ///
     /// # Errors
     /// A text for people; nothing was changed.
@@ -238,7 +246,7 @@ impl ExportTable {
         volume: &str,
         protocol: Option<Protocol>,
         address: Option<&str>,
-    ) -> Result<(Vec<ExportInfo>, Option<(VolumeId, WriterGen)>), String> {
+    ) -> Result<Removed, String> {
         let matches = |spec: &ExportSpec| {
             spec.volume == volume
                 && protocol.is_none_or(|p| p == spec.protocol)
@@ -271,7 +279,8 @@ impl ExportTable {
         let servers = removed.into_iter().filter_map(|e| e.server).collect();
         let attached: Vec<Attached> = attached.into_iter().collect();
         stop_serving(servers, &attached);
-        Ok((infos, attached.first().map(|a| (a.volume, a.writer))))
+        let detach = attached.first().map(|a| (a.volume, a.writer));
+        Ok(Removed { exports: infos, detach })
     }
 
     /// Gives back the attachment of a volume without exports, after a failed try to add one.

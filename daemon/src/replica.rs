@@ -9,7 +9,7 @@ use sheepdog_cluster::view::View;
 use sheepdog_store::{
     BlockRange, BlockRun, BlockState, LayerImage, LayerSums, Payload, ReadError, Store, WriteError,
 };
-use sheepdog_types::{BLOCK_SIZE, DiskId, LayerKey, SlotId, Version};
+use sheepdog_types::{BLOCK_SIZE, DiskId, Epoch, LayerKey, SlotId, Version};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, Weak};
@@ -57,6 +57,19 @@ impl From<Reject> for Answer {
     fn from(reject: Reject) -> Self {
         Reply::Rejected(reject).into()
     }
+}
+
+/// What to copy from where.
+#[derive(Clone, Copy, Debug)]
+pub struct Copy {
+    /// The layer.
+    pub key: LayerKey,
+    /// Its version here.
+    pub expect: Version,
+    /// The disk to copy from.
+    pub from: DiskId,
+    /// The version there; none means that the layer has to go here.
+    pub target: Version,
 }
 
 /// Takes the answer of a call that was not answered at once. Called on any thread.
@@ -166,7 +179,8 @@ impl Replica {
         let Some(disk) = self.disks.get(&call.disk) else { return Reject::NotMember.into() };
         match &call.request {
             Request::Recover { key, expect, from, target } => {
-                match self.recover(disk, *key, *expect, *from, *target, true) {
+                let copy = Copy { key: *key, expect: *expect, from: *from, target: *target };
+                match self.recover(disk, copy, call.epoch, true) {
                     Ok(_) => Reply::Done.into(),
                     Err(failure) => failure.into(),
                 }
@@ -180,31 +194,35 @@ impl Replica {
         }
     }
 
-    /// Makes a layer equal to that of disk `from`, if it is at `expect` here; `exact` demands
-    /// version `target`, otherwise a newer one is as good. False when the layer moved on
-    /// meanwhile.
+    /// Makes a layer equal to another disk's, if it still is at the expected version here and the
+    /// epoch has not ended; `exact` demands the target version, otherwise a newer one is as good.
+    /// False when the layer moved on meanwhile.
     ///
     /// # Errors
     /// [`Failure`]; the layer is as it was.
     pub fn recover(
         &self,
         disk: &Disk,
-        key: LayerKey,
-        expect: Version,
-        from: DiskId,
-        target: Version,
+        copy: Copy,
+        epoch: Epoch,
         exact: bool,
     ) -> Result<bool, Failure> {
+        let Copy { key, expect, from, target } = copy;
         if from == disk.id {
             return Err(Failure::Source);
         }
-        let image = self.fetch_image(key, from)?;
+        let image = self.fetch_image(key, from, epoch)?;
         let version = image.sums.version;
-        if version < target || (exact && version != target) {
+        if version < target || (exact && version != target) || self.cluster.view().epoch != epoch {
             return Err(Failure::Source);
         }
         let expected = (expect != Version::NONE).then_some(expect);
-        match disk.store.install(key, expected, &image) {
+        let outcome = match expected {
+            Some(expected) if version == Version::NONE => disk.store.delete_at(key, expected),
+            None if version == Version::NONE => Ok(true),
+            expected => disk.store.install(key, expected, &image),
+        };
+        match outcome {
             Ok(true) => Ok(true),
             Ok(false) if exact => {
                 let have = disk.store.stat(key).map_or(Version::NONE, |s| s.version);
@@ -216,9 +234,17 @@ impl Replica {
         }
     }
 
-    fn fetch_image(&self, key: LayerKey, from: DiskId) -> Result<LayerImage, Failure> {
+    fn fetch_image(
+        &self,
+        key: LayerKey,
+        from: DiskId,
+        epoch: Epoch,
+    ) -> Result<LayerImage, Failure> {
         for _ in 0..FETCH_TRIES {
             let view = self.cluster.view();
+            if view.epoch != epoch {
+                return Err(Failure::Source);
+            }
             let node = view.node_of(from).ok_or(Failure::Source)?;
             let answer = if node == self.cluster.node {
                 let source = self.disks.get(&from).ok_or(Failure::Source)?;

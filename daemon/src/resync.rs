@@ -1,12 +1,12 @@
 //! Makes this node's disks equal to their peers after they joined, came back or got new slots.
 
 use crate::node::{Node, now};
-use crate::replica::Disk;
+use crate::replica::{Copy, Disk};
 use sheepdog_cluster::command::Command;
 use sheepdog_cluster::message::{Failure, Reply, Request};
 use sheepdog_cluster::resync::{Action, Listings, peers, plan, windows};
 use sheepdog_cluster::view::View;
-use sheepdog_types::{DiskId, LayerKey, SlotId, Version};
+use sheepdog_types::{DiskId, Epoch, LayerKey, SlotId, Version};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -78,7 +78,7 @@ fn copy_all(node: &Node, disk: &Disk, view: &View) -> Result<usize, String> {
             if node.stopping.borrow().to_owned() {
                 return Err("stopping".into());
             }
-            carry_out(node, disk, action)?;
+            carry_out(node, disk, view.epoch, action)?;
             changed += 1;
         }
     }
@@ -86,10 +86,11 @@ fn copy_all(node: &Node, disk: &Disk, view: &View) -> Result<usize, String> {
     Ok(changed)
 }
 
-fn carry_out(node: &Node, disk: &Disk, action: Action) -> Result<(), String> {
+fn carry_out(node: &Node, disk: &Disk, epoch: Epoch, action: Action) -> Result<(), String> {
     match action {
         Action::Copy { key, expect, from, target } => {
-            match node.replica.recover(disk, key, expect, from, target, false) {
+            let copy = Copy { key, expect, from, target };
+            match node.replica.recover(disk, copy, epoch, false) {
                 Ok(_) | Err(Failure::Behind { .. }) => Ok(()),
                 Err(failure) => Err(format!("copying {key} from disk {from}: {failure}")),
             }

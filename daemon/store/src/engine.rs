@@ -315,12 +315,17 @@ impl Engine {
         Ok(true)
     }
 
-    /// See [`crate::Store::delete`].
-    pub(crate) fn delete(&self, key: LayerKey) -> Result<bool, WriteError> {
+    /// See [`crate::Store::delete`] and [`crate::Store::delete_at`].
+    pub(crate) fn delete(
+        &self,
+        key: LayerKey,
+        expect: Option<Version>,
+    ) -> Result<bool, WriteError> {
         let mut header = Header { key, ..Header::control(Kind::Delete) };
         let log = self.lock_with_room(header.record_len(), true, || {
-            let exists = self.table.shard_of(key.object).version(key) != Version::NONE;
-            Ok(exists.then_some(()))
+            let version = self.table.shard_of(key.object).version(key);
+            let wanted = version != Version::NONE && expect.is_none_or(|e| e == version);
+            Ok(wanted.then_some(()))
         })?;
         let Some(mut log) = log else { return Ok(false) };
         header.prev = self.table.shard_of(key.object).version(key);

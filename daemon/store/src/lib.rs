@@ -249,7 +249,15 @@ impl Store {
     /// # Errors
     /// [`WriteError::NoSpace`], [`WriteError::Failed`].
     pub fn delete(&self, key: LayerKey) -> Result<bool, WriteError> {
-        self.engine.delete(key)
+        self.engine.delete(key, None)
+    }
+
+    /// Deletes a layer if it is at `version`; false if it is not. Durable after the next flush.
+    ///
+    /// # Errors
+    /// [`WriteError::NoSpace`], [`WriteError::Failed`].
+    pub fn delete_at(&self, key: LayerKey, version: Version) -> Result<bool, WriteError> {
+        self.engine.delete(key, Some(version))
     }
 
     /// Deletes all layers of a volume, at once also after a crash; gives their number. Durable
