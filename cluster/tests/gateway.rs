@@ -1,0 +1,433 @@
+//! The gateway of a volume, step by step against three replicas that a test answers for.
+
+mod common;
+
+use common::{attach, attached, disk, down, enter, view};
+use sheepdog_cluster::gateway::{Config, Effect, Gateway, MAX_ACTIVE_REQUESTS, Phase, ReplyData};
+use sheepdog_cluster::message::{Call, Failure, Reject, Reply, Request};
+use sheepdog_cluster::state::ClusterState;
+use sheepdog_types::{
+    BLOCK_SIZE, BlockError, Completion, DiskId, Done, Layer, NodeId, OBJECT_SIZE, Op, Sink, Token,
+    Version, VolumeId, WriterGen,
+};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex};
+
+const SIZE: u64 = 4 * OBJECT_SIZE;
+const BLOCK: u64 = BLOCK_SIZE as u64;
+
+#[derive(Default)]
+struct Inbox(Mutex<Vec<(u64, Completion)>>);
+
+impl Sink for Inbox {
+    fn complete(&self, tag: u64, completion: Completion) {
+        self.0.lock().unwrap().push((tag, completion));
+    }
+    fn flush(&self) {}
+}
+
+/// A gateway on node 1 and the calls that have no answer yet.
+struct Bench {
+    state: ClusterState,
+    gateway: Gateway,
+    calls: VecDeque<(u64, NodeId, Call)>,
+    inbox: Arc<Inbox>,
+    /// Versions of the layers of each disk.
+    versions: BTreeMap<(DiskId, u32), Version>,
+    lost: usize,
+    tag: u64,
+    most_calls: usize,
+}
+
+impl Bench {
+    fn new(min_copies: u8, size: u64) -> Self {
+        let state = attached(min_copies, size);
+        let config = Config {
+            node: NodeId(1),
+            volume: VolumeId(1),
+            size,
+            copies: 3,
+            min_copies: usize::from(min_copies),
+            layer: Layer(0),
+            writer: WriterGen(1),
+        };
+        let gateway = Gateway::new(config, view(&state));
+        let (calls, inbox, versions) = (VecDeque::new(), Arc::default(), BTreeMap::new());
+        let mut bench =
+            Self { state, gateway, calls, inbox, versions, lost: 0, tag: 0, most_calls: 0 };
+        bench.pump();
+        bench
+    }
+
+    fn serving() -> Self {
+        let mut bench = Self::new(2, SIZE);
+        bench.answer_all();
+        assert_eq!(bench.gateway.phase(), Phase::Serving);
+        bench
+    }
+
+    fn pump(&mut self) {
+        while let Some(effect) = self.gateway.poll_effect() {
+            match effect {
+                Effect::Call { id, node, call, .. } => self.calls.push_back((id, node, call)),
+                Effect::Complete { token, completion } => {
+                    token.complete(completion, &mut sheepdog_types::Burst::new());
+                }
+                Effect::LostWrites { .. } => self.lost += 1,
+            }
+        }
+        self.most_calls = self.most_calls.max(self.calls.len());
+    }
+
+    fn submit(&mut self, op: Op) -> u64 {
+        self.tag += 1;
+        let token = Token::new(self.tag, self.inbox.clone());
+        self.gateway.handle_request(op, token);
+        self.pump();
+        self.tag
+    }
+
+    fn write(&mut self, offset: u64, len: u64) -> u64 {
+        self.submit(Op::Write { offset, data: vec![5; len as usize], fua: false })
+    }
+
+    fn outcome(&self, tag: u64) -> Option<Result<usize, BlockError>> {
+        let inbox = self.inbox.0.lock().unwrap();
+        let (_, completion) = inbox.iter().find(|(t, _)| *t == tag)?;
+        Some(completion.as_ref().map_err(|e| *e).map(|done| match done {
+            Done::Data(data) => data.len(),
+            Done::Nothing => 0,
+        }))
+    }
+
+    /// What a healthy replica answers.
+    fn good_reply(&mut self, call: &Call) -> (Reply, Vec<u8>) {
+        let disk = call.disk;
+        let reply = match &call.request {
+            Request::Write { key, version, .. } => {
+                self.versions.insert((disk, key.object.index.0), *version);
+                Reply::Done
+            }
+            Request::Recover { key, target, .. } => {
+                self.versions.insert((disk, key.object.index.0), *target);
+                Reply::Done
+            }
+            Request::Stat { key } => {
+                let version = self.versions.get(&(disk, key.object.index.0)).copied();
+                Reply::Version { version: version.unwrap_or_default() }
+            }
+            Request::Read { count, .. } => {
+                return (Reply::Data { count: *count }, vec![5; usize::from(*count) * BLOCK_SIZE]);
+            }
+            _ => Reply::Done,
+        };
+        (reply, Vec::new())
+    }
+
+    fn reply(&mut self, id: u64, reply: Reply, bytes: Vec<u8>) {
+        self.gateway.handle_reply(id, reply, ReplyData { bytes });
+        self.pump();
+    }
+
+    /// Answers calls until there are none, or `odd` said something else than all is well.
+    fn answer_with(&mut self, mut odd: impl FnMut(&Call) -> Option<Reply>) {
+        let mut steps = 0;
+        while let Some((id, _, call)) = self.calls.pop_front() {
+            let (reply, bytes) = match odd(&call) {
+                Some(reply) => (reply, Vec::new()),
+                None => self.good_reply(&call),
+            };
+            self.reply(id, reply, bytes);
+            steps += 1;
+            assert!(steps < 1_000_000, "it never ends");
+        }
+    }
+
+    fn answer_all(&mut self) {
+        self.answer_with(|_| None);
+    }
+
+    fn show(&mut self) {
+        self.gateway.handle_view(view(&self.state));
+        self.pump();
+    }
+
+    fn tick(&mut self) {
+        self.gateway.handle_tick();
+        self.pump();
+    }
+}
+
+fn is_write(call: &Call) -> bool {
+    matches!(call.request, Request::Write { .. })
+}
+
+#[test]
+fn i4_nothing_is_served_before_every_up_disk_is_fenced() {
+    let mut bench = Bench::new(2, SIZE);
+    let write = bench.write(0, BLOCK);
+    assert!(bench.calls.iter().all(|(_, _, c)| matches!(c.request, Request::Fence { .. })));
+    let (last, _, _) = bench.calls.pop_back().unwrap();
+    bench.answer_all();
+    assert_eq!((bench.gateway.phase(), bench.outcome(write)), (Phase::Fencing, None));
+    bench.reply(last, Reply::Rejected(Reject::NotYet { now: bench.state.epoch }), Vec::new());
+    assert!(bench.gateway.wants_tick(), "the fence is asked again");
+    bench.tick();
+    bench.answer_all();
+    assert_eq!(bench.outcome(write), Some(Ok(0)));
+}
+
+#[test]
+fn i2_a_write_is_acknowledged_when_all_members_have_it() {
+    let mut bench = Bench::serving();
+    let write = bench.write(0, BLOCK);
+    let mut held = Vec::new();
+    while let Some((id, node, call)) = bench.calls.pop_front() {
+        if is_write(&call) && call.disk == disk(3) {
+            held.push((id, node, call));
+        } else {
+            let (reply, bytes) = bench.good_reply(&call);
+            bench.reply(id, reply, bytes);
+        }
+    }
+    assert_eq!((held.len(), bench.outcome(write)), (1, None));
+    bench.calls.extend(held);
+    bench.answer_all();
+    assert_eq!(bench.outcome(write), Some(Ok(0)));
+}
+
+#[test]
+fn a_write_goes_on_without_a_disk_that_went_down_and_stops_below_min_copies() {
+    let mut bench = Bench::serving();
+    let write = bench.write(0, BLOCK);
+    bench.answer_with(|c| {
+        (c.disk == disk(3) && is_write(c)).then_some(Reply::Rejected(Reject::NoLease))
+    });
+    assert_eq!(bench.outcome(write), None);
+    down(&mut bench.state, 3, 1).unwrap();
+    bench.show();
+    bench.answer_all();
+    assert_eq!(bench.outcome(write), Some(Ok(0)));
+    down(&mut bench.state, 2, 1).unwrap();
+    bench.show();
+    let stopped = bench.write(0, BLOCK);
+    bench.answer_all();
+    bench.tick();
+    bench.answer_all();
+    assert_eq!((bench.outcome(stopped), bench.gateway.blocked_objects()), (None, 1));
+    enter(&mut bench.state, 2, 2).unwrap();
+    bench.show();
+    bench.answer_all();
+    assert_eq!(bench.outcome(stopped), Some(Ok(0)));
+}
+
+#[test]
+fn an_answer_to_an_earlier_call_does_not_count() {
+    let mut bench = Bench::serving();
+    let first = bench.write(0, BLOCK);
+    bench.answer_all();
+    assert_eq!(bench.outcome(first), Some(Ok(0)));
+    let write = bench.write(0, BLOCK);
+    let old = bench.calls.iter().find(|(_, _, c)| c.disk == disk(3)).unwrap().0;
+    bench.calls.retain(|(_, _, c)| c.disk != disk(3));
+    bench.answer_all();
+    down(&mut bench.state, 3, 1).unwrap();
+    enter(&mut bench.state, 3, 2).unwrap();
+    bench.show();
+    bench.reply(old, Reply::Done, Vec::new());
+    assert_eq!(bench.outcome(write), None, "disk 3 came back without it");
+    bench.answer_all();
+    assert_eq!(bench.outcome(write), Some(Ok(0)));
+}
+
+#[test]
+fn reads_prefer_the_own_disk_and_a_damaged_block_is_read_elsewhere_and_repaired() {
+    let mut bench = Bench::serving();
+    bench.write(0, 4 * BLOCK);
+    bench.answer_all();
+    let read = bench.submit(Op::Read { offset: 10, len: 5000 });
+    assert!(bench.calls.iter().all(|(_, node, _)| *node == NodeId(1)), "{:?}", bench.calls);
+    let mut seen = Vec::new();
+    bench.answer_with(|call| {
+        seen.push((call.disk, call.request.clone()));
+        let damaged = call.disk == disk(1) && matches!(call.request, Request::Read { .. });
+        damaged.then_some(Reply::Failed(Failure::Checksum { block: 0 }))
+    });
+    bench.tick();
+    bench.answer_with(|call| {
+        seen.push((call.disk, call.request.clone()));
+        None
+    });
+    assert_eq!(bench.outcome(read), Some(Ok(5000)));
+    let repaired = seen.iter().any(|(d, r)| {
+        *d == disk(1) && matches!(r, Request::Recover { from, .. } if *from != disk(1))
+    });
+    assert!(repaired, "{seen:?}");
+    assert_eq!(bench.gateway.counters().checksum_failures, 1);
+}
+
+#[test]
+fn i7_a_block_that_is_damaged_everywhere_is_an_error() {
+    let mut bench = Bench::serving();
+    bench.write(0, BLOCK);
+    bench.answer_all();
+    let read = bench.submit(Op::Read { offset: 0, len: 4096 });
+    for _ in 0..10 {
+        bench.answer_with(|c| {
+            let read = matches!(c.request, Request::Read { .. });
+            read.then_some(Reply::Failed(Failure::Checksum { block: 0 }))
+        });
+        bench.tick();
+    }
+    assert_eq!(bench.outcome(read), Some(Err(BlockError::Io)));
+}
+
+#[test]
+fn i11_a_full_disk_fails_the_write_and_the_others_go_back() {
+    let mut bench = Bench::serving();
+    let good = bench.write(0, BLOCK);
+    bench.answer_all();
+    let bad = bench.write(0, BLOCK);
+    bench.answer_with(|c| {
+        (c.disk == disk(3) && is_write(c)).then_some(Reply::Failed(Failure::NoSpace))
+    });
+    assert_eq!(bench.outcome(good), Some(Ok(0)));
+    assert_eq!(bench.outcome(bad), Some(Err(BlockError::NoSpace)));
+    let versions: Vec<u64> = bench.versions.values().map(|v| v.seq).collect();
+    assert_eq!(versions, [1, 1, 1], "as before");
+    let after = bench.write(BLOCK, BLOCK);
+    bench.answer_all();
+    assert_eq!(bench.outcome(after), Some(Ok(0)));
+    assert!(bench.versions.values().all(|v| v.seq == 3), "2 is never used twice");
+}
+
+#[test]
+fn lost_writes_fail_every_flush_that_runs() {
+    let mut bench = Bench::serving();
+    bench.write(0, BLOCK);
+    bench.answer_all();
+    let flushes = [bench.submit(Op::Flush), bench.submit(Op::Flush)];
+    bench.calls.clear(); // all nodes lose power
+    bench.versions.clear();
+    for node in 1..=3 {
+        bench.gateway.handle_unreachable(NodeId(node));
+        enter(&mut bench.state, node, 2).unwrap();
+    }
+    bench.show();
+    for node in 1..=3 {
+        bench.gateway.handle_reachable(NodeId(node));
+    }
+    bench.pump();
+    for _ in 0..3 {
+        bench.answer_all();
+        bench.tick();
+    }
+    for flush in flushes {
+        assert_eq!(bench.outcome(flush), Some(Err(BlockError::Io)));
+    }
+    assert_eq!(bench.lost, 1);
+}
+
+#[test]
+fn i3_the_first_flush_covers_what_an_earlier_gateway_wrote() {
+    let mut bench = Bench::serving();
+    bench.submit(Op::Flush);
+    let disks: Vec<DiskId> = bench.calls.iter().map(|(_, _, c)| c.disk).collect();
+    assert_eq!(disks, [disk(1), disk(2), disk(3)]);
+    bench.answer_all();
+    let again = bench.submit(Op::Flush);
+    assert_eq!(bench.outcome(again), Some(Ok(0)), "nothing was written since");
+}
+
+#[test]
+fn a_flush_does_not_wait_for_a_clean_disk_that_is_gone() {
+    let mut bench = Bench::serving();
+    let (first, second) = (bench.submit(Op::Flush), bench.submit(Op::Flush));
+    // The first flush is answered by all, the second by none.
+    let (one, two): (VecDeque<_>, VecDeque<_>) = {
+        let calls = std::mem::take(&mut bench.calls);
+        let (a, b): (Vec<_>, Vec<_>) = calls.into_iter().enumerate().partition(|(n, _)| *n < 3);
+        (a.into_iter().map(|c| c.1).collect(), b.into_iter().map(|c| c.1).collect())
+    };
+    drop(two);
+    bench.calls = one;
+    bench.answer_all();
+    assert_eq!(bench.outcome(first), Some(Ok(0)));
+    down(&mut bench.state, 3, 1).unwrap();
+    bench.show();
+    bench.calls.retain(|(_, _, c)| c.disk != disk(3));
+    bench.answer_all();
+    assert_eq!(bench.outcome(second), Some(Ok(0)));
+}
+
+#[test]
+fn a_newer_writer_ends_everything() {
+    for by_view in [true, false] {
+        let mut bench = Bench::serving();
+        let write = bench.write(0, BLOCK);
+        if by_view {
+            attach(&mut bench.state, "vm", 1, 1).unwrap();
+            bench.show();
+        } else {
+            bench.answer_with(|_| Some(Reply::Rejected(Reject::Fenced { newest: WriterGen(2) })));
+        }
+        assert_eq!(bench.gateway.phase(), Phase::Fenced);
+        assert_eq!(bench.outcome(write), Some(Err(BlockError::Io)));
+        let late = bench.submit(Op::Read { offset: 0, len: 1 });
+        assert_eq!(bench.outcome(late), Some(Err(BlockError::Io)));
+        assert!(bench.gateway.is_idle());
+    }
+}
+
+#[test]
+fn requests_outside_the_volume_or_too_large_are_refused_and_empty_ones_succeed() {
+    let mut bench = Bench::serving();
+    for op in [
+        Op::Read { offset: SIZE, len: 1 },
+        Op::Read { offset: u64::MAX, len: 2 },
+        Op::Write { offset: SIZE - 1, data: vec![0; 2], fua: true },
+        Op::Discard { offset: 1, len: u64::MAX },
+        Op::WriteZeroes { offset: 0, len: SIZE + 1, may_unmap: true, fua: false },
+    ] {
+        let tag = bench.submit(op);
+        assert_eq!(bench.outcome(tag), Some(Err(BlockError::OutOfRange)));
+    }
+    for op in [
+        Op::Read { offset: SIZE, len: 0 },
+        Op::Write { offset: 7, data: Vec::new(), fua: false },
+        Op::Discard { offset: 3, len: 0 },
+        Op::WriteZeroes { offset: 3, len: 0, may_unmap: false, fua: false },
+    ] {
+        let tag = bench.submit(op);
+        assert_eq!(bench.outcome(tag), Some(Ok(0)));
+    }
+    let mut large = Bench::new(2, 100 * OBJECT_SIZE);
+    large.answer_all();
+    let tag = large.submit(Op::Read { offset: 0, len: (32 << 20) + 1 });
+    assert_eq!(large.outcome(tag), Some(Err(BlockError::Invalid)));
+}
+
+#[test]
+fn i10_a_huge_discard_takes_a_few_objects_at_a_time() {
+    let objects = 20_000;
+    let mut bench = Bench::new(2, objects * OBJECT_SIZE);
+    bench.answer_all();
+    for _ in 0..2 {
+        let tag = bench.submit(Op::Discard { offset: 0, len: objects * OBJECT_SIZE });
+        bench.answer_all();
+        assert_eq!(bench.outcome(tag), Some(Ok(0)));
+    }
+    assert!(bench.most_calls <= 64 * 3, "{} calls at once", bench.most_calls);
+}
+
+#[test]
+fn i10_requests_beyond_the_bound_wait_and_are_all_served() {
+    let mut bench = Bench::serving();
+    let tags: Vec<u64> =
+        (0..2 * MAX_ACTIVE_REQUESTS as u64).map(|n| bench.write(n % 1000 * BLOCK, BLOCK)).collect();
+    bench.calls.iter().for_each(|(_, _, c)| assert!(!is_write(c), "it is not open yet"));
+    bench.answer_all();
+    assert!(bench.most_calls <= 3 * MAX_ACTIVE_REQUESTS);
+    assert!(tags.iter().all(|tag| bench.outcome(*tag) == Some(Ok(0))));
+    assert!(bench.gateway.is_idle());
+}
