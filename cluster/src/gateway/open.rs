@@ -156,6 +156,11 @@ impl Gateway {
             self.object(index).work().roll_back = true;
         }
         if *reply != Reply::Done {
+            let work = self.object(index).work();
+            if work.suspect == Some(disk) {
+                // No other copy is whole either. Each block may still be read where it is.
+                work.suspect = None;
+            }
             self.abandon_opening(index);
             return;
         }

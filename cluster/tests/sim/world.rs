@@ -451,7 +451,8 @@ impl World {
 
     fn step(&mut self) -> Result<(), String> {
         self.now += 1;
-        if self.tainted && self.complete() {
+        let all_well = self.nodes.iter().all(|n| n.alive && n.lease);
+        if self.tainted && all_well && self.complete() {
             self.tainted = false;
         }
         self.deliver_log();
