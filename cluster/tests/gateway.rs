@@ -1,5 +1,7 @@
 //! The gateway of a volume, step by step against three replicas that a test answers for.
 
+#![allow(clippy::unwrap_used)] // helpers of tests
+
 mod common;
 
 use common::{attach, attached, disk, down, enter, view};
@@ -430,4 +432,21 @@ fn i10_requests_beyond_the_bound_wait_and_are_all_served() {
     assert!(bench.most_calls <= 3 * MAX_ACTIVE_REQUESTS);
     assert!(tags.iter().all(|tag| bench.outcome(*tag) == Some(Ok(0))));
     assert!(bench.gateway.is_idle());
+}
+
+#[test]
+fn a_read_of_one_block_across_an_object_border_gets_both_halves() {
+    let mut bench = Bench::serving();
+    bench.write(OBJECT_SIZE - BLOCK, 2 * BLOCK);
+    bench.answer_all();
+    let read = bench.submit(Op::Read { offset: OBJECT_SIZE - 1000, len: 4096 });
+    while let Some((id, _, call)) = bench.calls.pop_front() {
+        let Request::Read { object, count, .. } = call.request else { panic!("{call:?}") };
+        let bytes = vec![object.index.0 as u8 + 1; usize::from(count) * BLOCK_SIZE];
+        bench.reply(id, Reply::Data { count }, bytes);
+    }
+    let inbox = bench.inbox.0.lock().unwrap();
+    let Some((_, Ok(Done::Data(data)))) = inbox.iter().find(|(t, _)| *t == read) else { panic!() };
+    assert_eq!(data[..1000], [1; 1000]);
+    assert_eq!(data[1000..], [2; 3096]);
 }

@@ -1,5 +1,7 @@
 //! What a replica refuses, and that bytes from the network never do harm.
 
+#![allow(clippy::unwrap_used)] // helpers of tests
+
 mod common;
 
 use common::{attach, attached, create, disk, down, enter, key, view};

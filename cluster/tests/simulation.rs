@@ -1,6 +1,8 @@
 //! Whole clusters under random faults, from seeds: `SEED=n` replays one, `SEEDS=n` runs so many
 //! from `FIRST=n` on, `TRACE=1` prints every message.
 
+#![allow(clippy::unwrap_used)] // helpers of tests
+
 mod sim;
 
 use sim::{Mutant, Options, Stats, run};

@@ -1,5 +1,7 @@
 //! The replicated state machine: who is a member, what a disk may lack, who has a volume.
 
+#![allow(clippy::unwrap_used)] // helpers of tests
+
 mod common;
 
 use common::{attach, attached, create, disk, down, enter, founded, info, synced};

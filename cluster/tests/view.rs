@@ -1,5 +1,7 @@
 //! Who serves a slot, and what a disk that compares itself has to do.
 
+#![allow(clippy::unwrap_used)] // helpers of tests
+
 mod common;
 
 use common::{attached, create, disk, down, enter, founded, key, synced, view};

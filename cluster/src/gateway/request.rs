@@ -307,7 +307,7 @@ impl Gateway {
         let wanted = (piece.end - piece.start) as usize;
         let Some(request) = self.requests.get_mut(piece.request) else { return };
         let Kind::Read { len, data, .. } = &mut request.kind else { return };
-        if skip == 0 && bytes.len() == *len as usize {
+        if wanted == *len as usize && bytes.len() == wanted {
             *data = bytes; // the whole request in one piece: no copy
         } else {
             data.resize(*len as usize, 0);

@@ -178,10 +178,14 @@ impl World {
     }
 
     fn rot(&mut self) {
-        let quiet = self.nodes.iter().all(|n| !n.store.has_damage());
+        // Long enough apart that no request meets two of them.
+        let quiet =
+            self.now > self.rotted + 300 && self.nodes.iter().all(|n| !n.store.has_damage());
         if quiet && self.rng.chance(10) {
             let at = self.rng.below(self.nodes.len() as u64) as usize;
-            self.nodes[at].store.damage(&mut self.rng);
+            if self.nodes[at].store.damage(&mut self.rng) {
+                self.rotted = self.now;
+            }
         }
     }
 

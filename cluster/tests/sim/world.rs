@@ -142,6 +142,8 @@ pub struct World {
     pub tainted: bool,
     pub trouble: Option<String>,
     pub stats: Stats,
+    /// When the last block rotted.
+    pub rotted: u64,
     pub trace: bool,
 }
 
@@ -211,6 +213,7 @@ impl World {
             tainted: false,
             trouble: None,
             stats: Stats::default(),
+            rotted: 0,
             trace: std::env::var("TRACE").is_ok(),
         };
         world.found();
@@ -223,24 +226,10 @@ impl World {
         for _ in 0..self.rng.range(3, 4) {
             self.add_node();
         }
-        let mut create = |name: &str, copies, min_copies, size| {
-            let spec = VolumeSpec { name: name.into(), size, copies, min_copies };
-            match self.propose(Command::CreateVolume { spec, at: 0 }) {
-                Ok(Outcome::Created { volume }) => volume,
-                other => panic!("{other:?}"),
-            }
-        };
-        let junk = create("junk", 2, 1, super::guest::SIZE);
+        let junk = self.create("junk", 2, 1);
         self.junk = Some(junk);
         let (copies, min_copies) = (self.copies, self.min_copies);
-        let mut create = |name: &str, copies, min_copies, size| {
-            let spec = VolumeSpec { name: name.into(), size, copies, min_copies };
-            match self.propose(Command::CreateVolume { spec, at: 0 }) {
-                Ok(Outcome::Created { volume }) => volume,
-                other => panic!("{other:?}"),
-            }
-        };
-        self.volume = create("vm", copies, min_copies, super::guest::SIZE);
+        self.volume = self.create("vm", copies, min_copies);
         self.plant_junk(junk);
         for at in 0..self.nodes.len() {
             self.nodes[at].applied = self.views.len() - 1;
@@ -248,6 +237,14 @@ impl World {
             self.nodes[at].enters_at = None;
         }
         self.make_regions();
+    }
+
+    fn create(&mut self, name: &str, copies: u8, min_copies: u8) -> VolumeId {
+        let spec = VolumeSpec { name: name.into(), size: super::guest::SIZE, copies, min_copies };
+        match self.propose(Command::CreateVolume { spec, at: 0 }) {
+            Ok(Outcome::Created { volume }) => volume,
+            other => panic!("{other:?}"),
+        }
     }
 
     fn plant_junk(&mut self, junk: VolumeId) {
@@ -348,8 +345,11 @@ impl World {
         self.final_reads()?;
         self.compare_replicas()?;
         if self.mode != Mode::Rot {
-            self.guest.flush(&mut self.checker, &mut self.instances, self.active, self.now);
-            self.settle()?;
+            // The first one may have to say that earlier writes are lost.
+            for _ in 0..2 {
+                self.guest.flush(&mut self.checker, &mut self.instances, self.active, self.now);
+                self.settle()?;
+            }
             self.lose_all_power(true, false);
             self.settle()?;
             self.final_reads()?;
