@@ -71,6 +71,7 @@ impl Gateway {
     }
 
     pub(super) fn on_stat_reply(&mut self, index: ObjectIndex, disk: DiskId, reply: &Reply) {
+        let writer = self.config.writer;
         let &Reply::Version { version } = reply else {
             self.abandon_opening(index);
             return;
@@ -79,9 +80,10 @@ impl Gateway {
         let settled = object.settled;
         let Some(work) = object.work.as_mut() else { return };
         let (suspect, roll_back) = (work.suspect, work.roll_back);
-        let Some(opening) = work.opening.as_mut() else { return };
+        let Some(mut opening) = work.opening.take() else { return };
         opening.versions.push((disk, version));
         if opening.versions.len() < opening.slot.members.len() {
+            work.opening = Some(opening);
             return;
         }
         let of_authorities = || {
@@ -89,19 +91,21 @@ impl Gateway {
             opening.versions.iter().filter(move |(d, _)| is_one(d)).map(|(_, v)| *v)
         };
         // A damaged copy does not count while a whole one has all that was acknowledged: what it
-        // has beyond is sent again.
-        let whole = opening.versions.iter().filter(|(d, v)| {
-            opening.slot.authorities.contains(*d) && suspect != Some(*d) && *v >= settled
-        });
-        let newest = (whole.map(|(_, v)| *v).max())
+        // has beyond is sent again. Nor does a write of this gateway that failed and was undone.
+        let standing = |v: Version| {
+            v.writer != writer || v == settled || work.writes.iter().any(|w| w.is_next_to(v))
+        };
+        let usable = || {
+            let authorities = opening.slot.authorities;
+            let of = opening.versions.iter();
+            of.filter(move |(d, _)| authorities.contains(*d) && suspect != Some(*d))
+                .map(|(_, v)| *v)
+                .filter(|v| *v >= settled && standing(*v))
+        };
+        // What is not acknowledged may be undone; nothing older may.
+        let target = (if roll_back { usable().min() } else { usable().max() })
             .or_else(|| of_authorities().max())
             .unwrap_or(Version::NONE);
-        // What is not acknowledged may be undone; nothing older may.
-        let target = if roll_back {
-            of_authorities().filter(|v| *v >= settled).min().unwrap_or(newest)
-        } else {
-            newest
-        };
         opening.target = target;
         object.highest_seq =
             opening.versions.iter().map(|(_, v)| v.seq).fold(object.highest_seq, u64::max);
@@ -119,6 +123,7 @@ impl Gateway {
             .copied()
             .collect();
         opening.recovering = wrong.iter().map(|(d, _)| *d).collect();
+        work.opening = Some(opening);
         if wrong.is_empty() {
             self.finish_opening(index);
         } else if let Some(from) = good {

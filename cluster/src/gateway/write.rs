@@ -25,6 +25,11 @@ pub(super) struct InFlight {
 }
 
 impl InFlight {
+    /// Whether this write makes `version`, or follows it.
+    pub fn is_next_to(&self, version: Version) -> bool {
+        version == self.version || version == self.prev
+    }
+
     pub fn range(&self) -> Range {
         Range { first: self.first, end: self.first + self.body.count() }
     }
