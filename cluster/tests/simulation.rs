@@ -10,7 +10,7 @@ use std::panic::catch_unwind;
 
 const DEFAULT_SEEDS: u64 = 250;
 /// Seeds within which a mutant has to be found.
-const MUTANT_SEEDS: u64 = 200;
+const MUTANT_SEEDS: u64 = 800;
 
 fn seeds(default: u64) -> std::ops::Range<u64> {
     let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<u64>().ok());

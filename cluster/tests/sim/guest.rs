@@ -145,7 +145,7 @@ impl World {
     /// The guests of old gateways go on too; nothing they ask may succeed.
     fn run_zombies(&mut self) {
         let Some(active) = self.active else { return };
-        if self.instances[active].gateway.phase() != Phase::Serving || !self.rng.chance(100) {
+        if self.instances[active].gateway.phase() != Phase::Serving || !self.rng.chance(250) {
             return;
         }
         let at = self.rng.below(self.instances.len() as u64) as usize;
