@@ -1,11 +1,11 @@
 //! The one port of a node: says hello, and hands each connection to where it belongs.
 
+use crate::admin;
 use crate::control::{NodeReply, NodeRequest, STATUS_ERROR, STATUS_OK, read_frame, write_frame};
 use crate::node::Node;
 use crate::wire::{
     ControlType, HELLO_LEN, HELLO_TIMEOUT, Hello, Kind, MAX_ADMIN, PROTOCOL_VERSION, Verdict,
 };
-use crate::{admin, serve};
 use sheepdog_log::ClusterLog;
 use sheepdog_types::{ClusterId, NodeId};
 use std::io;
@@ -85,10 +85,13 @@ async fn greet(
     }
     match hello.kind() {
         Some(Kind::Control) => serve_control(node, stream).await,
-        Some(Kind::Data) if hello.cluster == ours => {
+        // A member that this node has not heard of yet tries again.
+        Some(Kind::Data)
+            if hello.cluster == ours && node.cluster.view().nodes.contains_key(&hello.node) =>
+        {
             let stream = stream.into_std()?;
-            serve::spawn(stream, hello.node, Arc::clone(&node.replica), move || drop(place))?;
-            Ok(())
+            let replica = Arc::clone(&node.replica);
+            node.served.serve(stream, hello.node, replica, move || drop(place))
         }
         _ => Err(io::Error::other("a hello of no known kind")),
     }

@@ -8,6 +8,7 @@ use crate::leader::Leader;
 use crate::listener;
 use crate::peers::Peers;
 use crate::replica::{Disk, Replica};
+use crate::serve::Served;
 use sheepdog_cluster::command::{
     Answer, Command, DiskInfo, NodeInfo, Refusal, decode_answer, encode_command,
 };
@@ -62,6 +63,8 @@ pub struct Node {
     pub replica: Arc<Replica>,
     /// Connections to other nodes' disks.
     pub peers: Arc<Peers>,
+    /// Connections from other nodes to its disks.
+    pub served: Served,
     /// Requests to other nodes.
     pub client: Arc<ControlClient>,
     /// What it serves.
@@ -143,6 +146,7 @@ pub async fn start(config: Config) -> Result<Arc<Node>, StartError> {
         log,
         replica,
         peers,
+        served: Served::default(),
         client,
         exports,
         leader,
@@ -223,11 +227,7 @@ async fn introduce(
         ask_for_cluster(&config.join).await?
     };
     let default = dir.path().join("disk");
-    let wanted = if config.disks.is_empty() {
-        vec![(default, None)]
-    } else {
-        config.disks.clone()
-    };
+    let wanted = if config.disks.is_empty() { vec![(default, None)] } else { config.disks.clone() };
     let mut disks = Vec::new();
     for (path, weight) in wanted {
         let path = std::path::absolute(path)?;

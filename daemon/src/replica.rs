@@ -10,8 +10,9 @@ use sheepdog_store::{
     BlockRange, BlockRun, BlockState, LayerImage, LayerSums, Payload, ReadError, Store, WriteError,
 };
 use sheepdog_types::{BLOCK_SIZE, DiskId, Epoch, LayerKey, SlotId, Version};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -81,6 +82,9 @@ pub struct Replica {
     disks: BTreeMap<DiskId, Arc<Disk>>,
     /// Copies from peers: these jobs wait for the network.
     copying: Pool,
+    /// Copies that were asked for and not given up, by disk and layer.
+    copies: Mutex<HashMap<(DiskId, LayerKey), u64>>,
+    copy_count: AtomicU64,
     /// Reads whole layers and listings for peers: these never wait for the network, so that two
     /// nodes that copy from each other cannot block each other.
     serving: Pool,
@@ -97,6 +101,8 @@ impl Replica {
             cluster,
             disks: disks.into_iter().map(|disk| (disk.id, Arc::new(disk))).collect(),
             copying: Pool::new("copy", 2, 256)?,
+            copies: Mutex::default(),
+            copy_count: AtomicU64::new(0),
             serving: Pool::new("serve", 2, 1024)?,
             peers: Mutex::new(Weak::new()),
         }))
@@ -144,6 +150,8 @@ impl Replica {
                 Some(read(disk, key, *first, *count))
             }
             Request::Stat { key } => {
+                // A gateway that asks is about to decide anew what this layer has to be.
+                lock(&self.copies).remove(&(call.disk, *key));
                 let version = disk.store.stat(*key).map_or(Version::NONE, |s| s.version);
                 Some(Reply::Version { version }.into())
             }
@@ -159,28 +167,38 @@ impl Replica {
                 }));
                 None
             }
-            Request::Recover { .. } => self.hand_over(&self.copying, call, later()),
+            Request::Recover { key, .. } => {
+                let ticket = self.copy_count.fetch_add(1, Ordering::Relaxed);
+                lock(&self.copies).insert((call.disk, *key), ticket);
+                self.hand_over(&self.copying, call, ticket, later())
+            }
             Request::Fetch { .. } | Request::List { .. } => {
-                self.hand_over(&self.serving, call, later())
+                self.hand_over(&self.serving, call, 0, later())
             }
         }
     }
 
-    fn hand_over(self: &Arc<Self>, pool: &Pool, call: &Call, later: Later) -> Option<Answer> {
+    fn hand_over(
+        self: &Arc<Self>,
+        pool: &Pool,
+        call: &Call,
+        ticket: u64,
+        later: Later,
+    ) -> Option<Answer> {
         let (replica, call) = (Arc::clone(self), call.clone());
         let job = Box::new(move || {
-            let answer = replica.execute_slowly(&call);
+            let answer = replica.execute_slowly(&call, ticket);
             later(answer);
         });
         if pool.submit(job) { None } else { Some(Failure::Busy.into()) }
     }
 
-    fn execute_slowly(&self, call: &Call) -> Answer {
+    fn execute_slowly(&self, call: &Call, ticket: u64) -> Answer {
         let Some(disk) = self.disks.get(&call.disk) else { return Reject::NotMember.into() };
         match &call.request {
             Request::Recover { key, expect, from, target } => {
                 let copy = Copy { key: *key, expect: *expect, from: *from, target: *target };
-                match self.recover(disk, copy, call.epoch, true) {
+                match self.recover(disk, copy, call.epoch, Some(ticket)) {
                     Ok(_) => Reply::Done.into(),
                     Err(failure) => failure.into(),
                 }
@@ -195,8 +213,9 @@ impl Replica {
     }
 
     /// Makes a layer equal to another disk's, if it still is at the expected version here and the
-    /// epoch has not ended; `exact` demands the target version, otherwise a newer one is as good.
-    /// False when the layer moved on meanwhile.
+    /// epoch has not ended. A gateway's call has a `ticket` that a later call makes void, and wants
+    /// exactly the target version; without one, a newer version is as good. False when the layer
+    /// moved on meanwhile.
     ///
     /// # Errors
     /// [`Failure`]; the layer is as it was.
@@ -205,16 +224,28 @@ impl Replica {
         disk: &Disk,
         copy: Copy,
         epoch: Epoch,
-        exact: bool,
+        ticket: Option<u64>,
     ) -> Result<bool, Failure> {
+        let exact = ticket.is_some();
         let Copy { key, expect, from, target } = copy;
         if from == disk.id {
             return Err(Failure::Source);
         }
         let image = self.fetch_image(key, from, epoch)?;
         let version = image.sums.version;
-        if version < target || (exact && version != target) || self.cluster.view().epoch != epoch {
+        // Held while the copy is put in place: whoever gives it up waits for that.
+        let mut copies = lock(&self.copies);
+        let void = ticket.is_some() && copies.get(&(disk.id, key)).copied() != ticket;
+        if void
+            || version < target
+            || (exact && version != target)
+            || !self.cluster.may_serve(&self.cluster.view())
+            || self.cluster.view().epoch != epoch
+        {
             return Err(Failure::Source);
+        }
+        if exact {
+            copies.remove(&(disk.id, key));
         }
         let expected = (expect != Version::NONE).then_some(expect);
         let outcome = match expected {

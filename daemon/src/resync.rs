@@ -4,7 +4,7 @@ use crate::node::{Node, now};
 use crate::replica::{Copy, Disk};
 use sheepdog_cluster::command::Command;
 use sheepdog_cluster::message::{Failure, Reply, Request};
-use sheepdog_cluster::resync::{Action, Listings, peers, plan, windows};
+use sheepdog_cluster::resync::{Action, Listings, peers, plan_window, windows};
 use sheepdog_cluster::view::View;
 use sheepdog_types::{DiskId, Epoch, LayerKey, SlotId, Version};
 use std::collections::BTreeMap;
@@ -68,7 +68,7 @@ fn copy_all(node: &Node, disk: &Disk, view: &View) -> Result<usize, String> {
     let mut changed = 0;
     for window in windows() {
         let listings = list_everywhere(node, disk, view, window)?;
-        let actions = plan(view, disk.id, &listings).map_err(|waiting| {
+        let actions = plan_window(view, disk.id, window, &listings).map_err(|waiting| {
             format!("waiting for disks that have the newest data: {waiting:?}")
         })?;
         for action in actions {
@@ -82,6 +82,7 @@ fn copy_all(node: &Node, disk: &Disk, view: &View) -> Result<usize, String> {
             changed += 1;
         }
     }
+    // Only then does the disk count as holding what others flushed long ago.
     disk.store.flush_wait().map_err(|e| e.to_string())?;
     Ok(changed)
 }
@@ -90,7 +91,7 @@ fn carry_out(node: &Node, disk: &Disk, epoch: Epoch, action: Action) -> Result<(
     match action {
         Action::Copy { key, expect, from, target } => {
             let copy = Copy { key, expect, from, target };
-            match node.replica.recover(disk, copy, epoch, false) {
+            match node.replica.recover(disk, copy, epoch, None) {
                 Ok(_) | Err(Failure::Behind { .. }) => Ok(()),
                 Err(failure) => Err(format!("copying {key} from disk {from}: {failure}")),
             }

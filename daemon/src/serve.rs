@@ -1,38 +1,69 @@
 //! Data connections from other nodes: their calls, carried out on this node's disks.
 
+use crate::cluster::lock;
 use crate::duplex::{Duplex, Ended};
 use crate::replica::{Answer, Later, Replica};
 use sheepdog_cluster::message::{self, Call, FrameError, Reply};
 use sheepdog_types::NodeId;
+use std::collections::HashMap;
 use std::io;
 use std::net::TcpStream;
-use std::sync::Arc;
-use std::thread;
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
 
-/// Serves a data connection on a thread of its own; `on_end` runs when it is over.
+/// The data connections that are served, one for each node that calls.
 ///
-/// # Errors
-/// If the socket or the thread cannot be set up.
-pub fn spawn(
-    stream: TcpStream,
-    peer: NodeId,
-    replica: Arc<Replica>,
-    on_end: impl FnOnce() + Send + 'static,
-) -> io::Result<Arc<Duplex>> {
-    let duplex = Arc::new(Duplex::new(stream)?);
-    let connection = Arc::clone(&duplex);
-    let name = format!("peer-{:04x}", peer.0 >> 48);
-    thread::Builder::new().name(name).spawn(move || {
-        let ended = connection.run(|bytes| handle(bytes, &connection, &replica));
-        match ended {
-            Ended::Frame(error) => {
-                tracing::warn!(%peer, %error, "closed a connection that made no sense");
-            }
-            ended => tracing::info!(%peer, reason = %ended, "a peer disconnected"),
+/// A node that connects again has given its old connection up: what is left on it must not be
+/// carried out after calls on the new one. So the old one is ended first.
+#[derive(Default)]
+pub struct Served {
+    connections: Mutex<HashMap<NodeId, Connection>>,
+}
+
+struct Connection {
+    duplex: Arc<Duplex>,
+    thread: JoinHandle<()>,
+}
+
+impl Served {
+    /// Serves a data connection on a thread of its own; `on_end` runs when it is over.
+    ///
+    /// # Errors
+    /// If the socket or the thread cannot be set up.
+    pub fn serve(
+        &self,
+        stream: TcpStream,
+        peer: NodeId,
+        replica: Arc<Replica>,
+        on_end: impl FnOnce() + Send + 'static,
+    ) -> io::Result<()> {
+        let duplex = Arc::new(Duplex::new(stream)?);
+        let connection = Arc::clone(&duplex);
+        let mut connections = lock(&self.connections);
+        let former = connections.remove(&peer);
+        if let Some(former) = &former {
+            former.duplex.stop();
         }
-        on_end();
-    })?;
-    Ok(duplex)
+        let name = format!("peer-{:04x}", peer.0 >> 48);
+        let thread = thread::Builder::new().name(name).spawn(move || {
+            if former.is_some_and(|former| former.thread.join().is_err()) {
+                tracing::error!(%peer, "the thread of the former connection panicked");
+            }
+            run(&connection, peer, &replica);
+            on_end();
+        })?;
+        connections.insert(peer, Connection { duplex, thread });
+        Ok(())
+    }
+}
+
+fn run(connection: &Arc<Duplex>, peer: NodeId, replica: &Arc<Replica>) {
+    match connection.run(|bytes| handle(bytes, connection, replica)) {
+        Ended::Frame(error) => {
+            tracing::warn!(%peer, %error, "closed a connection that made no sense");
+        }
+        ended => tracing::info!(%peer, reason = %ended, "a peer disconnected"),
+    }
 }
 
 /// Carries out all complete calls in `bytes`; gives how many bytes they took.

@@ -29,6 +29,9 @@ struct Inner {
     /// Links with calls that were queued and not sent.
     unsent: Vec<Arc<Link>>,
     done: Vec<(Token, Completion)>,
+    /// Requests that came while this node had no right to serve (I8): the gateway answers some
+    /// reads from what it knows, which others may have changed by then. Bounded by the front ends.
+    held: Vec<Request>,
 }
 
 /// An attached volume. See the [module](self).
@@ -65,7 +68,13 @@ impl VolumeDevice {
     ) -> Arc<Self> {
         let size = config.size;
         let gateway = Gateway::new(config, cluster.view());
-        let inner = Inner { gateway, links: HashMap::new(), unsent: Vec::new(), done: Vec::new() };
+        let inner = Inner {
+            gateway,
+            links: HashMap::new(),
+            unsent: Vec::new(),
+            done: Vec::new(),
+            held: Vec::new(),
+        };
         let device = Arc::new_cyclic(|this| Self {
             name: name.into(),
             size,
@@ -98,11 +107,6 @@ impl VolumeDevice {
         lock(&self.inner).gateway.phase()
     }
 
-    /// Runs `look` on the gateway.
-    pub fn inspect<R>(&self, look: impl FnOnce(&Gateway) -> R) -> R {
-        look(&lock(&self.inner).gateway)
-    }
-
     /// The cluster has a new revision.
     pub fn handle_view(&self) {
         self.post(Event::View);
@@ -119,18 +123,18 @@ impl VolumeDevice {
 
     /// Waits until the gateway serves or is fenced; gives its phase.
     pub fn wait_settled(&self, timeout: Duration) -> Phase {
-        self.wait_until(timeout, |gateway| gateway.phase() != Phase::Fencing);
+        self.wait_until(timeout, |inner| inner.gateway.phase() != Phase::Fencing);
         self.phase()
     }
 
     /// Waits until no request is in progress; false when it took too long.
     pub fn wait_idle(&self, timeout: Duration) -> bool {
-        self.wait_until(timeout, Gateway::is_idle)
+        self.wait_until(timeout, |inner| inner.gateway.is_idle() && inner.held.is_empty())
     }
 
-    fn wait_until(&self, timeout: Duration, reached: impl Fn(&Gateway) -> bool) -> bool {
+    fn wait_until(&self, timeout: Duration, reached: impl Fn(&Inner) -> bool) -> bool {
         let guard = lock(&self.calm_lock);
-        let waiting = |_: &mut ()| !self.inspect(&reached);
+        let waiting = |_: &mut ()| !reached(&lock(&self.inner));
         let (guard, result) = self
             .calm
             .wait_timeout_while(guard, timeout, waiting)
@@ -172,13 +176,16 @@ impl VolumeDevice {
             for event in events {
                 self.feed(&mut inner.gateway, event);
             }
+            self.take_held(&mut inner);
             self.run_effects(&mut inner, &mut reads);
             if lock(&self.inbox).is_empty() {
                 break;
             }
         }
-        self.wants_tick.store(inner.gateway.wants_tick(), Ordering::Release);
-        let calm = inner.gateway.is_idle() || inner.gateway.phase() == Phase::Fenced;
+        let wants_tick = inner.gateway.wants_tick() || !inner.held.is_empty();
+        self.wants_tick.store(wants_tick, Ordering::Release);
+        let calm = (inner.gateway.is_idle() && inner.held.is_empty())
+            || inner.gateway.phase() == Phase::Fenced;
         let done = std::mem::take(&mut inner.done);
         let unsent = std::mem::take(&mut inner.unsent);
         drop(inner);
@@ -210,6 +217,17 @@ impl VolumeDevice {
             Event::Connected(node) => gateway.handle_reachable(node),
             Event::View => gateway.handle_view(self.cluster.view()),
             Event::Tick => gateway.handle_tick(),
+        }
+    }
+
+    /// Passes requests on while this node may serve, and keeps them until it may.
+    fn take_held(&self, inner: &mut Inner) {
+        let fenced = inner.gateway.phase() == Phase::Fenced;
+        if inner.held.is_empty() || !(fenced || self.cluster.may_serve(&self.cluster.view())) {
+            return;
+        }
+        for request in inner.held.drain(..) {
+            inner.gateway.handle_request(request.op, request.token);
         }
     }
 
@@ -292,9 +310,7 @@ impl Block for VolumeDevice {
 
     fn submit(&self, batch: &mut Vec<Request>) {
         let mut inner = lock(&self.inner);
-        for request in batch.drain(..) {
-            inner.gateway.handle_request(request.op, request.token);
-        }
+        inner.held.append(batch);
         self.work(inner);
         self.pump_events();
     }
