@@ -290,10 +290,13 @@ impl Shared {
         let metrics = self.metrics();
         let applied_term = metrics.last_applied.map(|at: LogId| at.leader_id.term);
         let acked = metrics.last_quorum_acked.map(|at| at.elapsed());
+        let votes = metrics.membership_config.voter_ids().any(|voter| voter == self.id);
+        // A sole voter sends no heartbeats that could be acknowledged: it is its own quorum.
+        let is_alone = metrics.membership_config.voter_ids().all(|voter| voter == self.id);
         metrics.state == ServerState::Leader
-            && metrics.membership_config.voter_ids().any(|voter| voter == self.id)
+            && votes
             && applied_term == Some(metrics.current_term)
-            && acked.is_some_and(|age| age < self.options.election_timeout.0)
+            && (is_alone || acked.is_some_and(|age| age < self.options.election_timeout.0))
     }
 
     /// Keeps the watched status and the address book current.
