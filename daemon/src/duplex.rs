@@ -9,7 +9,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use sheepdog_cluster::message::{FrameError, MAX_FRAME, frame_len};
 use std::io;
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -113,7 +113,14 @@ impl Duplex {
 
     /// Reads until the connection ends. `handle` gets all complete bytes there are and says how
     /// many it used; it is called again when more came.
-    pub fn run(&self, mut handle: impl FnMut(&[u8]) -> Result<usize, FrameError>) -> Ended {
+    pub fn run(&self, handle: impl FnMut(&[u8]) -> Result<usize, FrameError>) -> Ended {
+        let ended = self.read_all(handle);
+        // Others may hold this value for long: the peer has to hear of the end now.
+        let _ = self.stream.shutdown(Shutdown::Both);
+        ended
+    }
+
+    fn read_all(&self, mut handle: impl FnMut(&[u8]) -> Result<usize, FrameError>) -> Ended {
         let mut input: Vec<u8> = vec![0; INPUT];
         let mut filled = 0;
         loop {
