@@ -20,6 +20,8 @@ use std::time::Duration;
 
 /// Copies of a volume that does not say.
 const DEFAULT_COPIES: u8 = 3;
+/// Voters of the cluster log that there are once enough nodes are up.
+const VOTERS: usize = 5;
 /// Epochs shown.
 const EPOCHS_SHOWN: usize = 100;
 /// How long the answers of other nodes are waited for.
@@ -161,6 +163,13 @@ fn node_reasons(node: &Node, view: &View) -> Vec<String> {
     }
     if log.leader.is_none() {
         reasons.push("no majority of the voters of the cluster log can be reached".into());
+    }
+    let wanted = view.nodes.values().filter(|n| n.up).count().min(VOTERS);
+    if log.voters.len() < wanted {
+        reasons.push(format!(
+            "the cluster log has {} of {wanted} voters; a new node becomes one within seconds",
+            log.voters.len()
+        ));
     }
     if !node.cluster.has_entered(view) {
         reasons.push("this node has not entered the cluster yet".into());

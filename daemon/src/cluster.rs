@@ -8,7 +8,7 @@ use sheepdog_types::NodeId;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 /// How long a node may serve after the leader last heard of it.
 pub const LEASE: Duration = Duration::from_millis(1500);
@@ -62,6 +62,8 @@ pub struct Cluster {
     incarnation: AtomicU64,
     /// The right to serve.
     pub lease: Lease,
+    /// Wakes whoever ticks the volumes: one of them waits for something passing.
+    pub ticks: Notify,
     state: Mutex<ClusterState>,
     view: RwLock<Arc<View>>,
     changes: watch::Sender<u64>,
@@ -76,7 +78,7 @@ impl Cluster {
         let (changes, _) = watch::channel(0);
         let (lease, state) = (Lease::default(), Mutex::new(state));
         let incarnation = AtomicU64::new(incarnation);
-        Self { node, incarnation, lease, state, view, changes }
+        Self { node, incarnation, lease, ticks: Notify::new(), state, view, changes }
     }
 
     /// Of the latest entry, or the one being tried.

@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
-const RENEW_EVERY: Duration = Duration::from_millis(250);
+const RENEW_EVERY: Duration = Duration::from_millis(400);
 const TEND_EVERY: Duration = Duration::from_millis(200);
 const TICK_EVERY: Duration = Duration::from_millis(20);
 /// How long a probe of a suspected node waits.
@@ -71,7 +71,7 @@ async fn keep_lease(node: Arc<Node>) {
         }
         // A new leader is the likeliest end of the trouble.
         tokio::select! {
-            () = sleep(RENEW_EVERY / 4) => {}
+            () = sleep(RENEW_EVERY / 8) => {}
             _ = status.changed() => {}
         }
     }
@@ -86,14 +86,17 @@ async fn tend(node: Arc<Node>) {
     }
 }
 
+/// Ticks the volumes while one of them wants it; an idle node makes no wake-ups.
 async fn tick(node: Arc<Node>) {
-    let mut ticks = interval(TICK_EVERY);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        ticks.tick().await;
+        let mut wanted = false;
         for device in node.exports.devices() {
-            device.handle_tick();
+            wanted |= device.handle_tick();
         }
+        if !wanted {
+            node.cluster.ticks.notified().await;
+        }
+        sleep(TICK_EVERY).await;
     }
 }
 

@@ -113,12 +113,14 @@ impl VolumeDevice {
         self.pump_events();
     }
 
-    /// Some tens of milliseconds went by.
-    pub fn handle_tick(&self) {
-        if self.wants_tick.load(Ordering::Acquire) {
+    /// Some tens of milliseconds went by. False when nothing waits for that.
+    pub fn handle_tick(&self) -> bool {
+        let wanted = self.wants_tick.load(Ordering::Acquire);
+        if wanted {
             self.post(Event::Tick);
             self.pump_events();
         }
+        wanted
     }
 
     /// Waits until the gateway serves or is fenced; gives its phase.
@@ -183,7 +185,9 @@ impl VolumeDevice {
             }
         }
         let wants_tick = inner.gateway.wants_tick() || !inner.held.is_empty();
-        self.wants_tick.store(wants_tick, Ordering::Release);
+        if !self.wants_tick.swap(wants_tick, Ordering::AcqRel) && wants_tick {
+            self.cluster.ticks.notify_one();
+        }
         let calm = (inner.gateway.is_idle() && inner.held.is_empty())
             || inner.gateway.phase() == Phase::Fenced;
         let done = std::mem::take(&mut inner.done);

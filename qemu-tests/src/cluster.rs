@@ -161,9 +161,12 @@ impl Cluster {
         }
     }
 
-    /// SIGSTOP.
+    /// SIGSTOP; returns when every thread stands still: one may run on for a moment.
     pub fn freeze(&self, index: usize) {
         self.process(index).signal(Signal::STOP);
+        eventually("all threads to stop", PATIENCE, || {
+            self.process(index).is_stopped().then_some(())
+        });
     }
 
     /// SIGCONT.

@@ -65,6 +65,20 @@ impl Process {
         self.child.try_wait().unwrap_or_else(|e| panic!("wait for {}: {e}", self.what))
     }
 
+    /// Whether all its threads are stopped.
+    pub fn is_stopped(&self) -> bool {
+        let stopped = |stat: String| {
+            stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'))
+        };
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.pid()));
+        threads.is_ok_and(|mut threads| {
+            threads.all(|thread| {
+                let stat = thread.and_then(|t| std::fs::read_to_string(t.path().join("stat")));
+                stat.is_ok_and(stopped)
+            })
+        })
+    }
+
     /// Whether it has died; it stays a zombie until someone asks how.
     pub fn is_dead(&self) -> bool {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid()));
