@@ -163,9 +163,6 @@ pub enum Refusal {
     /// Nothing can happen before the cluster is founded.
     #[error("the cluster is not founded yet")]
     NotFounded,
-    /// A node with this id and another set of disks is up.
-    #[error("node {0} is up with another incarnation; two daemons must not run the same directory")]
-    NodeBusy(NodeId),
     /// Another node uses this address.
     #[error("address {address} belongs to node {node}, which is up")]
     AddressInUse {

@@ -17,8 +17,10 @@ use thiserror::Error;
 
 /// A peer that does not read its answers is not read from any more beyond this many bytes (I10).
 const MAX_UNSENT: usize = 64 << 20;
-/// First size of the input buffer; it grows to one frame at most, and shrinks when idle.
+/// First size of the input buffer; it grows to one frame at most.
 const INPUT: usize = 256 << 10;
+/// Reads without a large frame after which a grown input buffer is given back.
+const SMALL_READS: u32 = 1024;
 
 /// Why a connection ended.
 #[derive(Debug, Error)]
@@ -41,6 +43,16 @@ pub enum Ended {
 struct Output {
     bytes: Vec<u8>,
     sent: usize,
+}
+
+impl Output {
+    /// Frees what was sent: a connection that is always busy would keep it for ever.
+    fn forget_sent(&mut self) {
+        if self.sent > INPUT.max(self.bytes.len() / 2) {
+            self.bytes.drain(..self.sent);
+            self.sent = 0;
+        }
+    }
 }
 
 /// A connection. See the [module](self).
@@ -86,12 +98,15 @@ impl Duplex {
             match send(&self.stream, &output.bytes[output.sent..], flags) {
                 Ok(count) => output.sent += count,
                 Err(rustix::io::Errno::INTR) => {}
-                Err(_) => return false,
+                Err(_) => {
+                    output.forget_sent();
+                    return false;
+                }
             }
         }
         output.sent = 0;
         output.bytes.clear();
-        output.bytes.shrink_to(INPUT);
+        output.bytes.shrink_to(MAX_FRAME);
         true
     }
 
@@ -123,6 +138,7 @@ impl Duplex {
     fn read_all(&self, mut handle: impl FnMut(&[u8]) -> Result<usize, FrameError>) -> Ended {
         let mut input: Vec<u8> = vec![0; INPUT];
         let mut filled = 0;
+        let mut small_reads = 0;
         loop {
             match self.wait() {
                 Ok(true) => {}
@@ -148,8 +164,13 @@ impl Duplex {
                 Ok(wanted) => wanted.unwrap_or(INPUT).clamp(INPUT, MAX_FRAME),
                 Err(error) => return Ended::Frame(error),
             };
-            if wanted != input.len() {
-                input.resize(wanted.max(filled), 0);
+            // Grown at once, given back when large frames have become rare: allocating and
+            // clearing megabytes for each frame would cost more than carrying them.
+            small_reads = if wanted > INPUT { 0 } else { small_reads + 1 };
+            if wanted > input.len() {
+                input.resize(wanted, 0);
+            } else if small_reads > SMALL_READS && input.len() > INPUT && filled <= INPUT {
+                input.truncate(INPUT);
                 input.shrink_to_fit();
             }
         }

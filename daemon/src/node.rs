@@ -24,6 +24,8 @@ use tokio::sync::{mpsc, watch};
 
 /// How often the leader of the log shows itself: each beat costs every node some 50 µs.
 const HEARTBEAT: Duration = Duration::from_millis(100);
+/// Reports of refused connections that wait; more say nothing new.
+const REFUSALS: usize = 1024;
 /// How long a clean stop tries to tell the cluster.
 const FAREWELL: Duration = Duration::from_secs(3);
 /// Pause between tries to enter the cluster.
@@ -118,9 +120,9 @@ pub async fn start(config: Config) -> Result<Arc<Node>, StartError> {
     let cluster_id: ClusterId = identity.cluster.parse()?;
     let id: NodeId = identity.node.parse()?;
     let cluster = Arc::new(Cluster::new(id, random_id()?));
-    let (refused, refusals) = mpsc::unbounded_channel();
-    let on_refused = |sender: mpsc::UnboundedSender<NodeId>| {
-        Box::new(move |node| _ = sender.send(node)) as Box<dyn Fn(NodeId) + Send + Sync>
+    let (refused, refusals) = mpsc::channel(REFUSALS);
+    let on_refused = |sender: mpsc::Sender<NodeId>| {
+        Box::new(move |node| _ = sender.try_send(node)) as Box<dyn Fn(NodeId) + Send + Sync>
     };
     let disks = open_disks(&identity, cluster_id, id)?;
     let replica = Replica::new(Arc::clone(&cluster), disks)?;

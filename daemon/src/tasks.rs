@@ -23,10 +23,7 @@ const EXPORT_RETRY: Duration = Duration::from_millis(500);
 ///
 /// # Errors
 /// If a thread cannot be made.
-pub fn spawn_all(
-    node: &Arc<Node>,
-    refusals: mpsc::UnboundedReceiver<NodeId>,
-) -> Result<(), StartError> {
+pub fn spawn_all(node: &Arc<Node>, refusals: mpsc::Receiver<NodeId>) -> Result<(), StartError> {
     until_stop(node, keep_lease);
     until_stop(node, tend);
     until_stop(node, tick);
@@ -188,7 +185,7 @@ pub async fn refuses(node: &Node, id: NodeId) -> bool {
 }
 
 /// Tells the leader of nodes whose port refuses connections.
-async fn report_refusals(node: Arc<Node>, mut refusals: mpsc::UnboundedReceiver<NodeId>) {
+async fn report_refusals(node: Arc<Node>, mut refusals: mpsc::Receiver<NodeId>) {
     while let Some(first) = refusals.recv().await {
         let mut suspects = BTreeSet::from([first]);
         while let Ok(more) = refusals.try_recv() {

@@ -192,6 +192,29 @@ fn unreachable_join_leaves_the_directory_usable() {
 }
 
 #[test]
+fn join_target_of_another_version_is_named() {
+    let lab = Lab::new("bad-version");
+    let newer = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = newer.local_addr().unwrap().to_string();
+    let answering = std::thread::spawn(move || {
+        use std::io::{Read, Write};
+        let (mut client, _) = newer.accept().unwrap();
+        // docs/protocol.md: magic, version, verdict "another version is spoken here", ids.
+        client.read_exact(&mut [0; 32]).unwrap();
+        let mut answer = *b"SHEEPDOG\x63\0\x01.....................";
+        answer[11..].fill(0);
+        client.write_all(&answer).unwrap();
+    });
+    let dir = lab.path("joiner");
+    let [port] = free_ports();
+    let own = format!("127.0.0.1:{port}");
+    let refused = sheep_refused(&["--dir", text(&dir), "--listen", &own, "--join", &address]);
+    names(&refused, &[&address, "version 99", "same release"]);
+    answering.join().unwrap();
+    assert!(!dir.join("node.json").exists(), "nothing was created");
+}
+
+#[test]
 fn directory_of_another_cluster_is_refused() {
     let lab = Lab::new("bad-cluster");
     let mut stranger = Cluster::start(&lab, 1);
