@@ -1,5 +1,7 @@
 //! A replica at the wire: a real `sheep`, and calls made by hand as another gateway would.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 use serde_json::Value;
 use sheepdog::wire::{HELLO_LEN, Hello, Kind};
 use sheepdog_cluster::message::{

@@ -147,6 +147,21 @@ fn i5_writes_follow_each_other_or_are_refused() {
 }
 
 #[test]
+fn i9_a_layer_that_moved_on_is_not_deleted() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::create(dir.path(), IDS, options()).unwrap();
+    let key = key(1, 0, 0);
+    let zero = Payload::Zero { count: 1, absent: false, release: true };
+    store.write(key, Version::NONE, version(1, 1), 0, zero).unwrap();
+    store.write(key, version(1, 1), version(1, 2), 0, zero).unwrap();
+    assert_eq!(store.delete_at(key, version(1, 1)), Ok(false));
+    assert_eq!(store.stat(key).unwrap().version, version(1, 2));
+    assert_eq!(store.delete_at(key, version(1, 2)), Ok(true));
+    assert_eq!(store.stat(key), None);
+    assert_eq!(store.delete_at(key, version(1, 2)), Ok(false));
+}
+
+#[test]
 fn openings_that_must_fail_say_why() {
     let dir = tempfile::tempdir().unwrap();
     let none = Store::open(dir.path(), options()).unwrap_err();

@@ -188,7 +188,7 @@ impl Op {
                 assert!(engine.install(*key, expect, &image_of(layer))?);
             }
             Self::Delete { key } => {
-                assert_eq!(engine.delete(*key)?, model.contains_key(key));
+                assert_eq!(engine.delete(*key, None)?, model.contains_key(key));
             }
             Self::DeleteVolume { volume } => {
                 let count = model.keys().filter(|key| key.object.volume == *volume).count();
