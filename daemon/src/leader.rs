@@ -16,11 +16,38 @@ use std::collections::HashMap;
 use std::sync::Mutex;
 use std::time::Instant;
 
+/// When the leases of the up nodes were renewed, in one term of this node as leader.
 #[derive(Debug, Default)]
 struct Leases {
-    /// Since when this node leads without interruption.
-    since: Option<(u64, Instant)>,
-    renewed: HashMap<NodeId, Instant>,
+    term: u64,
+    renewed: HashMap<NodeId, (u64, Instant)>,
+}
+
+impl Leases {
+    /// The nodes of `up` whose lease ran out. One that is seen for the first time, in this term or
+    /// with this incarnation, has a whole lease from now on.
+    fn expired(
+        &mut self,
+        term: u64,
+        up: impl Iterator<Item = (NodeId, u64)>,
+        now: Instant,
+    ) -> Vec<(NodeId, u64)> {
+        if self.term != term {
+            self.term = term;
+            self.renewed.clear();
+        }
+        let mut expired = Vec::new();
+        for (id, incarnation) in up {
+            let renewed = self.renewed.entry(id).or_insert((incarnation, now));
+            if renewed.0 != incarnation {
+                *renewed = (incarnation, now);
+            }
+            if now.saturating_duration_since(renewed.1) > LEASE + LEASE_MARGIN {
+                expired.push((id, incarnation));
+            }
+        }
+        expired
+    }
 }
 
 /// The leases that this node keeps while it leads.
@@ -39,7 +66,7 @@ impl Leader {
         if !view.nodes.get(&id).is_some_and(|n| n.up && n.incarnation == incarnation) {
             return NodeReply::EnterAgain;
         }
-        lock(&self.leases).renewed.insert(id, Instant::now());
+        lock(&self.leases).renewed.insert(id, (incarnation, Instant::now()));
         NodeReply::Granted
     }
 
@@ -47,30 +74,13 @@ impl Leader {
     fn expired(&self, node: &Node) -> Vec<(NodeId, u64)> {
         let mut leases = lock(&self.leases);
         if !node.log.is_confirmed_leader() {
-            leases.since = None;
             leases.renewed.clear();
             return Vec::new();
         }
-        let term = node.log.status().term;
-        let since = match leases.since {
-            Some((led, since)) if led == term => since,
-            _ => {
-                let since = Instant::now();
-                leases.since = Some((term, since));
-                since
-            }
-        };
         let view = node.cluster.view();
-        let limit = LEASE + LEASE_MARGIN;
-        view.nodes
-            .iter()
-            .filter(|(id, n)| n.up && **id != node.cluster.node)
-            .filter(|(id, _)| {
-                let renewed = leases.renewed.get(id).copied().unwrap_or(since);
-                renewed.max(since).elapsed() > limit
-            })
-            .map(|(id, n)| (*id, n.incarnation))
-            .collect()
+        let others = view.nodes.iter().filter(|(id, n)| n.up && **id != node.cluster.node);
+        let others = others.map(|(id, n)| (*id, n.incarnation));
+        leases.expired(node.log.status().term, others, Instant::now())
     }
 
     /// Declares down who has no lease, and tells the log which nodes may vote.
@@ -106,5 +116,33 @@ async fn declare_down(node: &Node, id: NodeId, incarnation: u64, reason: &str) {
     let command = Command::Down { node: id, incarnation, reason, at: now() };
     if let Err(error) = node.log.propose(encode_command(&command)).await {
         tracing::warn!(node = %id, %error, "cannot declare it down yet");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    const NODE: NodeId = NodeId(1);
+
+    #[test]
+    fn i8_a_lease_runs_out_only_after_its_whole_length() {
+        let mut leases = Leases::default();
+        let begin = Instant::now();
+        let limit = LEASE + LEASE_MARGIN;
+        let mut at = |term, incarnation, after: Duration| {
+            leases.expired(term, std::iter::once((NODE, incarnation)), begin + after)
+        };
+        let moment = Duration::from_millis(1);
+        assert!(at(1, 7, Duration::ZERO).is_empty());
+        assert!(at(1, 7, limit).is_empty());
+        assert_eq!(at(1, 7, limit + moment), [(NODE, 7)]);
+        // It comes back long after its last renewal: a new incarnation has a new lease.
+        assert!(at(1, 8, 5 * limit).is_empty());
+        assert_eq!(at(1, 8, 6 * limit + moment), [(NODE, 8)]);
+        // A new term: the leader before may have renewed it at the last moment.
+        assert!(at(2, 8, 7 * limit).is_empty());
+        assert_eq!(at(2, 8, 8 * limit + moment), [(NODE, 8)]);
     }
 }
