@@ -217,13 +217,7 @@ async fn introduce(
     address: SocketAddr,
     config: &Config,
 ) -> Result<Identity, StartError> {
-    // What a start that failed half-way left behind holds nothing: no node had its id.
-    for leftover in ["disk", "cluster"] {
-        let path = dir.path().join(leftover);
-        if path.exists() {
-            std::fs::remove_dir_all(&path)?;
-        }
-    }
+    clear_leftovers(dir)?;
     let id = NodeId(random_id()?);
     let cluster = if config.join.is_empty() {
         ClusterId(random_id()?)
@@ -262,6 +256,32 @@ async fn introduce(
         join: config.join.iter().map(ToString::to_string).collect(),
     };
     Ok(identity)
+}
+
+/// Removes what a start that failed half-way left behind: no node had its id. A store with data is
+/// not that, but a node whose `node.json` was lost, and stays as it is.
+fn clear_leftovers(dir: &NodeDir) -> Result<(), StartError> {
+    let disk = dir.path().join("disk");
+    match Store::open(&disk, StoreOptions::default()) {
+        Ok(store) if store.usage().objects > 0 => {
+            return Err(format!(
+                "{} holds data, but node.json beside it is missing: restore that file, or move the \
+                 directory away; nothing was changed",
+                disk.display()
+            )
+            .into());
+        }
+        Ok(_) | Err(sheepdog_store::OpenError::NotAStore { .. }) => {}
+        Err(error) => {
+            return Err(format!("{}: {error}; nothing was changed", disk.display()).into());
+        }
+    }
+    for leftover in [disk, dir.path().join("cluster")] {
+        if leftover.exists() {
+            std::fs::remove_dir_all(&leftover)?;
+        }
+    }
+    Ok(())
 }
 
 fn check_address(address: SocketAddr, insecure: bool) -> Result<(), StartError> {

@@ -198,7 +198,12 @@ impl Replica {
         match &call.request {
             Request::Recover { key, expect, from, target } => {
                 let copy = Copy { key: *key, expect: *expect, from: *from, target: *target };
-                match self.recover(disk, copy, call.epoch, Some(ticket)) {
+                let outcome = self.recover(disk, copy, call.epoch, Some(ticket));
+                let mut copies = lock(&self.copies);
+                if copies.get(&(disk.id, *key)) == Some(&ticket) {
+                    copies.remove(&(disk.id, *key));
+                }
+                match outcome {
                     Ok(_) => Reply::Done.into(),
                     Err(failure) => failure.into(),
                 }
@@ -234,7 +239,7 @@ impl Replica {
         let image = self.fetch_image(key, from, epoch)?;
         let version = image.sums.version;
         // Held while the copy is put in place: whoever gives it up waits for that.
-        let mut copies = lock(&self.copies);
+        let copies = lock(&self.copies);
         let void = ticket.is_some() && copies.get(&(disk.id, key)).copied() != ticket;
         if void
             || version < target
@@ -243,9 +248,6 @@ impl Replica {
             || self.cluster.view().epoch != epoch
         {
             return Err(Failure::Source);
-        }
-        if exact {
-            copies.remove(&(disk.id, key));
         }
         let expected = (expect != Version::NONE).then_some(expect);
         let outcome = match expected {

@@ -1,13 +1,13 @@
 //! What a node does all the time: leases, reports, views for its volumes, synchronising its disks.
 
-use crate::cluster::{LEASE, lock};
+use crate::cluster::LEASE;
 use crate::control::{NodeReply, NodeRequest};
 use crate::node::{Node, StartError};
 use crate::{admin, resync};
 use sheepdog_log::ClusterLog;
 use sheepdog_types::{NodeId, VolumeId};
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval, sleep};
@@ -154,7 +154,7 @@ fn purge(replica: &crate::replica::Replica, volumes: &[VolumeId]) {
 
 /// Attaches the volumes of remembered exports again and serves them.
 async fn resume_exports(node: Arc<Node>) {
-    let reported = Mutex::new(BTreeSet::new());
+    let mut reported = BTreeSet::new();
     loop {
         for volume in node.exports.pending() {
             match admin::attach(&node, &volume).await {
@@ -163,7 +163,7 @@ async fn resume_exports(node: Arc<Node>) {
                 }
                 Err(problem) => {
                     node.exports.set_problem(&volume, &problem);
-                    if lock(&reported).insert((volume.clone(), problem.clone())) {
+                    if reported.insert((volume.clone(), problem.clone())) {
                         tracing::warn!(volume, problem, "an export is not served yet");
                     }
                 }

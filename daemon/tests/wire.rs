@@ -202,6 +202,39 @@ fn i5_and_i7_gaps_and_damage_are_not_written() {
 }
 
 #[test]
+fn a_store_with_data_survives_the_loss_of_node_json() {
+    let mut lab = Lab::start();
+    let mut wire = lab.connect();
+    assert_eq!(wire.ask(wire.write(Version::NONE)), Reply::Done);
+    lab.sheep.kill().unwrap();
+    lab.sheep.wait().unwrap();
+    let node = lab.dir.path().join("node");
+    let identity = std::fs::read(node.join("node.json")).unwrap();
+    std::fs::remove_file(node.join("node.json")).unwrap();
+    let start = || {
+        let mut sheep = Command::new(env!("CARGO_BIN_EXE_sheep"));
+        sheep.args(["--listen", &lab.address, "--dir"]).arg(&node).stdin(Stdio::null());
+        sheep
+    };
+    // Bounded: a daemon that started anyway would run on.
+    let bounded = start();
+    let mut refused = Command::new("timeout");
+    refused.arg("60").arg(bounded.get_program()).args(bounded.get_args()).stdin(Stdio::null());
+    let refused = refused.output().unwrap();
+    assert_eq!(refused.status.code(), Some(1));
+    let message = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(message.contains("node.json") && message.contains("nothing was changed"), "{message}");
+    // With the file back, the node is itself again.
+    std::fs::write(node.join("node.json"), identity).unwrap();
+    lab.sheep = start().stderr(Stdio::null()).spawn().unwrap();
+    let begin = Instant::now();
+    while lab.dog(&["volume", "info", "v"]).is_none_or(|v| v["used"] != BLOCK_SIZE) {
+        assert!(begin.elapsed() < PATIENCE, "the block is gone");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
 fn a_connection_that_makes_no_sense_is_closed_and_the_node_lives_on() {
     let lab = Lab::start();
     let mut wire = lab.connect();
