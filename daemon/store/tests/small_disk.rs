@@ -68,7 +68,8 @@ fn child_fills_its_disk() {
     let store = Store::open(&dir.join("store"), options()).unwrap();
     check(&store, 0, 200);
     (1..count).for_each(|index| check(&store, index, index as u8));
-    for index in 1..6 {
+    // More than the log may still hold: that is applied first, and takes from what is freed here.
+    for index in 1..20 {
         assert!(store.delete(key(index)).unwrap());
     }
     store.close().unwrap();
