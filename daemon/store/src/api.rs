@@ -30,6 +30,8 @@ pub struct Options {
     pub sync_after: Duration,
     /// The log is applied and emptied after this time even if it is short.
     pub checkpoint_after: Duration,
+    /// Memory for the checksum tables of objects that were used lately: 4 KiB serve 4 MiB.
+    pub sums_cache_bytes: u64,
 }
 
 impl Default for Options {
@@ -40,6 +42,7 @@ impl Default for Options {
             capacity: None,
             sync_after: Duration::from_secs(1),
             checkpoint_after: Duration::from_secs(10),
+            sums_cache_bytes: 32 << 20,
         }
     }
 }

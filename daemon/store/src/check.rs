@@ -4,6 +4,7 @@ use sheepdog_types::{BLOCK_SIZE, Version};
 
 use crate::api::{BlockRange, BlockState, LayerImage, Payload};
 use crate::error::WriteError;
+use crate::states::States;
 
 /// A write whose range is inside the object and whose bytes match their checksums.
 pub(crate) struct CheckedWrite<'a> {
@@ -36,19 +37,21 @@ pub(crate) fn first_mismatch(bytes: &[u8], crcs: &[u32]) -> Option<usize> {
     bytes.chunks_exact(BLOCK_SIZE).zip(crcs).position(|(block, &crc)| crc32c::crc32c(block) != crc)
 }
 
-/// Checks that an image is consistent in itself and undamaged.
-pub(crate) fn image(image: &LayerImage) -> Result<(), WriteError> {
+/// Checks that an image is consistent in itself and undamaged; gives its block states.
+pub(crate) fn image(image: &LayerImage) -> Result<States, WriteError> {
     let sums = &image.sums;
     if sums.version == Version::NONE {
         return Err(WriteError::Invalid("an image without a version"));
     }
     let mut end = 0;
+    let mut states = States::default();
     let mut blocks = Vec::with_capacity(sums.crcs.len().min(sheepdog_types::BLOCKS_PER_OBJECT));
     for run in &sums.runs {
         if run.range.first() < end {
             return Err(WriteError::Invalid("the image's runs overlap or are out of order"));
         }
         end = run.range.end();
+        (run.range.first()..end).for_each(|block| states.set(block, run.state));
         if run.state == BlockState::Data {
             blocks.extend(run.range.first()..end);
         }
@@ -58,7 +61,7 @@ pub(crate) fn image(image: &LayerImage) -> Result<(), WriteError> {
     }
     match first_mismatch(&image.data, &sums.crcs) {
         Some(at) => Err(WriteError::Checksum { block: blocks[at] }),
-        None => Ok(()),
+        None => Ok(states),
     }
 }
 

@@ -5,25 +5,30 @@
 //! checksum tables are untouched (the other of two slots is written), and whatever was changed in
 //! `data` is changed again by replaying the log, which was made durable first (I6).
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 
 use rustix::io::Errno;
-use sheepdog_types::{BLOCK_SIZE, BLOCKS_PER_OBJECT, LayerKey, OBJECT_SIZE, Version};
+use sheepdog_types::{BLOCK_SIZE, BLOCKS_PER_OBJECT, LayerKey, OBJECT_SIZE};
 
-use crate::api::BlockState;
-use crate::engine::{Engine, Files, Stuck, lock};
+use crate::api::{BlockRange, BlockState};
+use crate::engine::{Engine, Stuck, lock};
 use crate::format::{
     IndexRecord, IndexedLayer, Mark, SECTOR, SUPER_PART, crcs_to_bytes, slot_hash,
 };
-use crate::layer::{Base, Content, Overlay, SlabRef};
+use crate::layer::{Base, Dropped, Entry, Overlay, Place, SlabRef};
+use crate::states::{CompactStates, States};
+use crate::table::Sums;
 
 /// Bytes of a checksum table.
 pub(crate) const SUMS_BYTES: usize = 4 * BLOCKS_PER_OBJECT;
+/// A checksum table and the copy of its index record behind it.
+pub(crate) const SUMS_PART: usize = SUMS_BYTES + SECTOR;
 /// `index` and `sums` grow by this many slabs at a time.
-const GROW_SLABS: u64 = 64;
-/// Largest copy from the log to a slab at once.
+pub(crate) const GROW_SLABS: u32 = 64;
+/// Largest copy to a slab at once.
 const COPY_BLOCKS: usize = 256;
 
 /// Offset of an index record.
@@ -31,41 +36,26 @@ pub(crate) fn index_offset(slab: u32, slot: u8) -> u64 {
     (u64::from(slab) * 2 + u64::from(slot)) * SECTOR as u64
 }
 
-/// Offset of a checksum table.
+/// Offset of a checksum table; the copy of the index record follows it.
 pub(crate) fn sums_offset(slab: u32, slot: u8) -> u64 {
-    (u64::from(slab) * 2 + u64::from(slot)) * SUMS_BYTES as u64
+    (u64::from(slab) * 2 + u64::from(slot)) * SUMS_PART as u64
+}
+
+/// Offset of the copy of an index record.
+pub(crate) fn copy_offset(slab: u32, slot: u8) -> u64 {
+    sums_offset(slab, slot) + SUMS_BYTES as u64
 }
 
 /// What checkpoints keep between each other.
 pub(crate) struct Checkpointer {
     /// The last committed mark.
     pub(crate) mark: Mark,
-    /// Free slabs below `next_slab`.
-    pub(crate) free: Vec<SlabRef>,
-    /// No slab from here on was ever used.
-    pub(crate) next_slab: u32,
     /// Index records that an interrupted checkpoint left: erased before the next one commits.
-    pub(crate) leftovers: Vec<(u32, u8)>,
+    pub(crate) leftovers: BTreeSet<(u32, u8)>,
     /// Data blocks in slabs.
     pub(crate) blocks: u64,
     /// Reused for copies.
     pub(crate) buf: Vec<u8>,
-}
-
-impl Checkpointer {
-    /// A slab for a new layer; [`Checkpointer::free`] takes it back.
-    fn allocate(&mut self, files: &Files) -> io::Result<SlabRef> {
-        if let Some(slab) = self.free.pop() {
-            return Ok(slab);
-        }
-        let slabs = (u64::from(self.next_slab) + 1).next_multiple_of(GROW_SLABS);
-        files.index.allocate(slabs * 2 * SECTOR as u64)?;
-        files.sums.allocate(slabs * 2 * SUMS_BYTES as u64)?;
-        let slab = self.next_slab;
-        self.next_slab = slab.checked_add(1).ok_or_else(|| io::Error::from(Errno::NOSPC))?;
-        // Slot 1 counts as the committed one, so slot 0 is written first.
-        Ok(SlabRef { slab, slot: 1, hash: 0 })
-    }
 }
 
 /// The changes that a checkpoint applies.
@@ -76,17 +66,51 @@ struct Job {
     to: u64,
 }
 
+/// States and checksums of a layer's blocks.
+struct Content {
+    states: States,
+    sums: Sums,
+}
+
+impl Content {
+    fn apply(&mut self, entries: &[Entry]) {
+        for entry in entries {
+            self.states.set(entry.block, entry.state);
+            self.sums[usize::from(entry.block)] = entry.crc;
+        }
+    }
+}
+
 /// A layer whose next index record is written but not committed.
 struct Staged {
     key: LayerKey,
-    /// The slab as committed; `None` if the layer came and went without ever having one.
-    old: Option<SlabRef>,
-    /// What the slab becomes.
-    new: Option<SlabRef>,
-    /// The slab was free before.
-    fresh: bool,
+    frozen: Arc<Overlay>,
+    /// What its base becomes; none if it is deleted.
+    base: Option<Base>,
+    /// What its slab becomes; none if there was no need to write a record.
+    record: Option<Written>,
+    /// Slabs that become free, with their new records.
+    freed: Vec<(Dropped, Option<Written>)>,
     old_blocks: u16,
     new_blocks: u16,
+}
+
+/// An index record that is not committed.
+#[derive(Clone, Copy)]
+struct Written {
+    old: SlabRef,
+    new: SlabRef,
+}
+
+impl Staged {
+    fn records(&self) -> impl Iterator<Item = &Written> {
+        self.record.iter().chain(self.freed.iter().filter_map(|(_, written)| written.as_ref()))
+    }
+
+    /// The slabs that nobody uses any more.
+    fn free_slabs(&self) -> impl Iterator<Item = SlabRef> {
+        self.freed.iter().map(|(dropped, written)| written.map_or(dropped.slab, |w| w.new))
+    }
 }
 
 impl Engine {
@@ -100,18 +124,20 @@ impl Engine {
                 return Ok(());
             }
             log.generation += 1;
+            log.applying = std::mem::take(&mut log.waiting);
             let keys = std::mem::take(&mut log.dirty);
             Job { generation: log.generation, keys, to: log.end }
         };
         let result = self.run(&mut checkpointer, &job);
         let stuck = result.as_ref().err().map(|error| self.give_back(&job, error));
+        let mut log = lock(&self.log);
+        let applied = std::mem::take(&mut log.applying);
         if stuck.is_none() {
             self.applied_to.store(job.to, SeqCst);
             self.update_limit(checkpointer.blocks);
-        }
-        let mut log = lock(&self.log);
-        if stuck.is_none() {
             log.start = job.to;
+        } else {
+            log.waiting += applied;
         }
         *lock(&self.stuck) = stuck;
         self.room.notify_all();
@@ -119,23 +145,13 @@ impl Engine {
     }
 
     fn run(&self, checkpointer: &mut Checkpointer, job: &Job) -> io::Result<()> {
-        self.sync_log().map_err(|error| io::Error::other(error.0.to_string()))?;
+        self.prove(job.to).map_err(|error| io::Error::other(error.0.to_string()))?;
         self.erase_leftovers(checkpointer)?;
         let mut staged = Vec::with_capacity(job.keys.len());
-        let result = self
-            .stage_all(checkpointer, job, &mut staged)
-            .and_then(|()| self.commit(checkpointer, job, &staged));
-        match result {
-            Ok(()) => self.publish(checkpointer, staged),
-            Err(_) => {
-                for new in staged.iter().filter_map(|staged| staged.new) {
-                    checkpointer.leftovers.push((new.slab, new.slot));
-                }
-                let fresh = staged.iter().filter(|staged| staged.fresh);
-                checkpointer.free.extend(fresh.filter_map(|staged| staged.old));
-            }
-        }
-        result
+        self.stage_all(checkpointer, job, &mut staged)?;
+        self.commit(checkpointer, job, &staged)?;
+        self.publish(checkpointer, &staged);
+        Ok(())
     }
 
     /// Makes the changes of a failed checkpoint wait for the next one.
@@ -161,6 +177,7 @@ impl Engine {
     fn erase_leftovers(&self, checkpointer: &mut Checkpointer) -> io::Result<()> {
         for &(slab, slot) in &checkpointer.leftovers {
             self.files.index.write_at(&[&[0; SECTOR]], index_offset(slab, slot))?;
+            self.files.sums.write_at(&[&[0; SECTOR]], copy_offset(slab, slot))?;
         }
         Ok(())
     }
@@ -171,84 +188,94 @@ impl Engine {
         job: &Job,
         staged: &mut Vec<Staged>,
     ) -> io::Result<()> {
-        let mut work: Vec<_> = job.keys.iter().filter_map(|key| self.freeze(*key, job)).collect();
+        for key in &job.keys {
+            let mut shard = self.table.shard_of(key.object);
+            let Some(layer) = shard.get_mut(*key) else { continue };
+            layer.freeze_before(job.generation);
+            let Some(frozen) = layer.frozen.clone() else { continue };
+            let old_blocks =
+                layer.base.as_ref().map_or(0, |base| base.states.expand().data_blocks());
+            staged.push(Staged {
+                key: *key,
+                frozen,
+                base: None,
+                record: None,
+                freed: Vec::new(),
+                old_blocks,
+                new_blocks: 0,
+            });
+        }
         // What frees space comes first, the rest in the order of the disk.
-        work.sort_by_key(|(_, frozen, base)| {
-            (frozen.version != Version::NONE, base.map_or(u32::MAX, |slab| slab.slab))
-        });
-        for (key, frozen, _) in work {
-            self.stage(checkpointer, key, &frozen, staged)?;
+        staged.sort_by_key(|staged| staged.frozen.slab.map(|slab| slab.slab));
+        for layer in staged.iter_mut() {
+            self.free_dropped(checkpointer, layer)?;
+        }
+        for layer in staged {
+            self.stage(checkpointer, layer)?;
         }
         Ok(())
     }
 
-    fn freeze(
-        &self,
-        key: LayerKey,
-        job: &Job,
-    ) -> Option<(LayerKey, Arc<Overlay>, Option<SlabRef>)> {
-        let mut shard = self.table.shard_of(key.object);
-        let layer = shard.get_mut(key)?;
-        layer.freeze_before(job.generation);
-        let base = layer.base.as_ref().map(|base| base.slab);
-        Some((key, layer.frozen.clone()?, base))
+    /// Gives back what the layer left, unless another layer still needs it.
+    fn free_dropped(&self, cp: &mut Checkpointer, layer: &mut Staged) -> io::Result<()> {
+        let frozen = Arc::clone(&layer.frozen);
+        for dropped in &frozen.dropped {
+            if !dropped.keep {
+                self.files.data.punch(dropped.slab.offset(0), OBJECT_SIZE)?;
+            }
+            layer.freed.push((*dropped, None));
+            if dropped.slab.hash != 0 {
+                let written = self.write_record(cp, dropped.slab, None)?;
+                if let Some((_, record)) = layer.freed.last_mut() {
+                    *record = Some(written);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Writes a layer's frozen changes to its slab, and its next index record and checksum table
     /// to the slots that do not count yet.
-    fn stage(
-        &self,
-        checkpointer: &mut Checkpointer,
-        key: LayerKey,
-        frozen: &Overlay,
-        staged: &mut Vec<Staged>,
-    ) -> io::Result<()> {
-        let base = self.table.shard_of(key.object).get(key).and_then(|layer| layer.base.clone());
-        let deleted = frozen.version == Version::NONE;
-        let fresh = base.is_none();
-        if deleted && fresh {
-            let nothing =
-                Staged { key, old: None, new: None, fresh: false, old_blocks: 0, new_blocks: 0 };
-            staged.push(nothing);
-            return Ok(());
-        }
-        let from = match &base {
-            Some(base) => base.slab,
-            None => checkpointer.allocate(&self.files)?,
-        };
-        let mut content = base.map_or_else(Content::default, |base| base.content);
-        let old_blocks = content.states.data_blocks();
-        // Noted before the first write, so that a failure knows what to take back.
-        let (old, new) = (Some(from), SlabRef { slot: 1 - from.slot, ..from });
-        staged.push(Staged { key, old, new: Some(new), fresh, old_blocks, new_blocks: 0 });
-        if deleted {
-            self.files.data.punch(from.offset(0), OBJECT_SIZE)?;
-            content = Content::default();
-        } else {
-            self.release(from, &content, frozen)?;
-            self.copy(checkpointer, from, frozen)?;
-            content.apply(frozen);
-        }
-        let layer = (!deleted).then_some((key, frozen.version, &content));
-        let hash = self.write_record(checkpointer, new, layer)?;
-        if let Some(last) = staged.last_mut() {
-            last.new_blocks = content.states.data_blocks();
-            last.new = Some(SlabRef { hash, ..new });
-        }
+    fn stage(&self, cp: &mut Checkpointer, layer: &mut Staged) -> io::Result<()> {
+        let frozen = Arc::clone(&layer.frozen);
+        let Some(slab) = frozen.slab else { return Ok(()) };
+        let mut content = self.base_content(layer.key, &frozen)?;
+        self.release(slab, &frozen)?;
+        self.copy(cp, layer.key, slab, &frozen)?;
+        content.apply(&frozen.entries);
+        layer.new_blocks = content.states.data_blocks();
+        crcs_to_bytes(&content.sums, &mut cp.buf);
+        let sums_crc = crc32c::crc32c(&cp.buf);
+        let (key, version, states) = (layer.key, frozen.version, content.states.clone());
+        let record = IndexedLayer { key, version, sums_crc, states };
+        let written = self.write_record(cp, slab, Some(record))?;
+        layer.record = Some(written);
+        let states = CompactStates::new(content.states);
+        layer.base = Some(Base { slab: written.new, sums_crc, states });
         Ok(())
     }
 
-    /// Punches holes where blocks of the slab hold data that `frozen` gives up.
-    fn release(&self, slab: SlabRef, content: &Content, frozen: &Overlay) -> io::Result<()> {
+    /// The committed content that `frozen` changes.
+    fn base_content(&self, key: LayerKey, frozen: &Overlay) -> io::Result<Content> {
+        let empty = Content { states: States::default(), sums: [0; BLOCKS_PER_OBJECT] };
+        if frozen.reset {
+            return Ok(empty);
+        }
+        let base = self.table.shard_of(key.object).get(key).and_then(|layer| layer.base.clone());
+        let Some(base) = base else { return Ok(empty) };
+        let states = base.states.expand();
+        if states.data_blocks() == 0 {
+            return Ok(Content { states, ..empty });
+        }
+        let sums = *self.sums_or_distrust(key, &base)?;
+        Ok(Content { states, sums })
+    }
+
+    /// Punches holes where `frozen` gives up blocks.
+    fn release(&self, slab: SlabRef, frozen: &Overlay) -> io::Result<()> {
         let mut hole: Option<(u16, u16)> = None;
-        for block in content.states.blocks(BlockState::Data) {
-            let gone = match frozen.find(block) {
-                Some(entry) => entry.state != BlockState::Data && entry.release,
-                None => frozen.reset,
-            };
-            if !gone {
-                continue;
-            }
+        let gone = |entry: &&Entry| entry.state != BlockState::Data && entry.release;
+        for block in frozen.entries.iter().filter(gone).map(|entry| entry.block) {
             match &mut hole {
                 Some((_, end)) if *end == block => *end += 1,
                 _ => {
@@ -259,64 +286,78 @@ impl Engine {
         self.punch(slab, hole)
     }
 
-    fn punch(&self, slab: SlabRef, hole: Option<(u16, u16)>) -> io::Result<()> {
+    pub(crate) fn punch(&self, slab: SlabRef, hole: Option<(u16, u16)>) -> io::Result<()> {
         let Some((first, end)) = hole else { return Ok(()) };
         let len = u64::from(end - first) * BLOCK_SIZE as u64;
         self.files.data.punch(slab.offset(first), len)
     }
 
-    /// Copies the data blocks of `frozen` from the log to the slab, in runs.
-    fn copy(&self, cp: &mut Checkpointer, slab: SlabRef, frozen: &Overlay) -> io::Result<()> {
-        let mut entries =
-            frozen.entries.iter().filter(|entry| entry.state == BlockState::Data).peekable();
+    /// Copies the data blocks of `frozen` that are not in the slab yet to it, in runs.
+    fn copy(
+        &self,
+        cp: &mut Checkpointer,
+        key: LayerKey,
+        slab: SlabRef,
+        frozen: &Overlay,
+    ) -> io::Result<()> {
+        let mut entries = frozen
+            .entries
+            .iter()
+            .filter(|entry| entry.state == BlockState::Data)
+            .filter(|entry| entry.place != Place::Slab(slab.offset(entry.block)).into())
+            .peekable();
+        let mut run: Vec<&Entry> = Vec::new();
         while let Some(first) = entries.next() {
-            let mut count = 1;
-            while count < COPY_BLOCKS
-                && entries.peek().is_some_and(|next| {
-                    usize::from(next.block) == usize::from(first.block) + count
-                        && next.lsn == first.lsn + (count * BLOCK_SIZE) as u64
-                })
+            run.clear();
+            run.push(first);
+            while run.len() < COPY_BLOCKS
+                && let Some(next) = entries.next_if(|next| follows(first, run.len(), next))
             {
-                entries.next();
-                count += 1;
+                run.push(next);
             }
-            cp.buf.resize(count * BLOCK_SIZE, 0);
-            self.ring.read(&mut cp.buf, first.lsn)?;
+            cp.buf.resize(run.len() * BLOCK_SIZE, 0);
+            self.read_place(first.place.unpack(), &mut cp.buf)?;
+            for (entry, block) in run.iter().zip(cp.buf.chunks_exact(BLOCK_SIZE)) {
+                if crc32c::crc32c(block) != entry.crc {
+                    // Its checksum goes with it, so it is never taken for good.
+                    tracing::error!(disk = %self.ids.disk, layer = %key, block = entry.block,
+                        "a block was damaged in the log");
+                    self.damage.report(key, entry.block);
+                }
+            }
             self.files.data.write_at(&[&cp.buf], slab.offset(first.block))?;
         }
         Ok(())
     }
 
-    /// Writes an index record and its checksum table; gives the record's part in the digest.
+    /// Writes the next index record of `slab` and its copy, and with a layer the checksum table
+    /// in `cp.buf`.
     fn write_record(
         &self,
         cp: &mut Checkpointer,
         slab: SlabRef,
-        layer: Option<(LayerKey, Version, &Content)>,
-    ) -> io::Result<u64> {
-        let mut record =
-            IndexRecord { slab: slab.slab, checkpoint: cp.mark.checkpoint + 1, layer: None };
-        if let Some((key, version, content)) = layer {
-            crcs_to_bytes(&content.crcs[..], &mut cp.buf);
-            let sums_crc = crc32c::crc32c(&cp.buf);
-            self.files.sums.write_at(&[&cp.buf], sums_offset(slab.slab, slab.slot))?;
-            let states = (*content.states).clone();
-            record.layer = Some(IndexedLayer { key, version, sums_crc, states });
+        layer: Option<IndexedLayer>,
+    ) -> io::Result<Written> {
+        let new = slab.flipped(0);
+        // Noted before the first write, so that a failure knows what to take back.
+        cp.leftovers.insert((new.slab, new.slot));
+        let free = layer.is_none();
+        let checkpoint = cp.mark.checkpoint + 1;
+        let bytes = IndexRecord { slab: new.slab, checkpoint, layer }.encode();
+        if free {
+            self.files.sums.write_at(&[&bytes], copy_offset(new.slab, new.slot))?;
+        } else {
+            self.files.sums.write_at(&[&cp.buf, &bytes], sums_offset(new.slab, new.slot))?;
         }
-        let bytes = record.encode();
-        self.files.index.write_at(&[&bytes], index_offset(slab.slab, slab.slot))?;
-        Ok(slot_hash(&bytes))
+        self.files.index.write_at(&[&bytes], index_offset(new.slab, new.slot))?;
+        Ok(Written { old: slab, new: slab.flipped(slot_hash(&bytes)) })
     }
 
     fn commit(&self, cp: &mut Checkpointer, job: &Job, staged: &[Staged]) -> io::Result<()> {
-        self.files.data.sync()?;
-        self.files.sums.sync()?;
-        self.files.index.sync()?;
+        self.medium.sync_all(&[&self.files.data, &self.files.sums, &self.files.index])?;
         let mut digest = cp.mark.index_digest;
-        for layer in staged {
-            if let (Some(old), Some(new)) = (layer.old, layer.new) {
-                digest = digest.wrapping_sub(old.hash).wrapping_add(new.hash);
-            }
+        for written in staged.iter().flat_map(Staged::records) {
+            digest = digest.wrapping_sub(written.old.hash).wrapping_add(written.new.hash);
         }
         let mark = Mark {
             sequence: cp.mark.sequence + 1,
@@ -327,6 +368,31 @@ impl Engine {
             ..cp.mark
         };
         self.write_mark(cp, mark)
+    }
+
+    /// Brings the layers in memory to what was committed, and frees what they left.
+    fn publish(&self, cp: &mut Checkpointer, staged: &[Staged]) {
+        cp.leftovers.clear();
+        for layer in staged {
+            cp.blocks = cp.blocks + u64::from(layer.new_blocks) - u64::from(layer.old_blocks);
+            let mut shard = self.table.shard_of(layer.key.object);
+            let Some(state) = shard.get_mut(layer.key) else { continue };
+            state.frozen = None;
+            state.base = layer.base.clone();
+            if let Some(written) = &layer.record {
+                state.slab_committed(written.new);
+            }
+            shard.remove_if_gone(layer.key);
+        }
+        for (dropped, _) in staged.iter().flat_map(|layer| &layer.freed) {
+            if dropped.keep
+                && let Err(error) = self.punch(dropped.slab, Some((0, BlockRange::ALL.end())))
+            {
+                tracing::warn!(disk = %self.ids.disk, %error, "cannot release space");
+            }
+        }
+        let mut log = lock(&self.log);
+        staged.iter().flat_map(Staged::free_slabs).for_each(|slab| log.slabs.give(slab));
     }
 
     /// Writes both copies of a mark, one after the other: at each moment one of them is whole, and
@@ -343,30 +409,6 @@ impl Engine {
         }
         cp.mark = mark;
         Ok(())
-    }
-
-    /// Brings the layers in memory to what was committed.
-    fn publish(&self, cp: &mut Checkpointer, staged: Vec<Staged>) {
-        cp.leftovers.clear();
-        for layer in staged {
-            cp.blocks = cp.blocks + u64::from(layer.new_blocks) - u64::from(layer.old_blocks);
-            let mut shard = self.table.shard_of(layer.key.object);
-            let Some(state) = shard.get_mut(layer.key) else { continue };
-            let Some(frozen) = state.frozen.take() else { continue };
-            match layer.new {
-                Some(slab) if frozen.version != Version::NONE => {
-                    let content = state.base.take().map_or_else(Content::default, |b| b.content);
-                    let mut base = Base { slab, content };
-                    base.content.apply(&frozen);
-                    state.base = Some(base);
-                }
-                freed => {
-                    state.base = None;
-                    cp.free.extend(freed);
-                    shard.remove_if_gone(layer.key);
-                }
-            }
-        }
     }
 
     /// Sets how many blocks may be stored: the capacity given, or what the file system offers
@@ -402,4 +444,14 @@ impl Engine {
         let mark = Mark { sequence, log_start: end, clean: true, ..checkpointer.mark };
         self.write_mark(&mut checkpointer, mark)
     }
+}
+
+/// Whether `next` goes `count` blocks behind `first`, and lies so in the same place.
+fn follows(first: &Entry, count: usize, next: &Entry) -> bool {
+    let bytes = (count * BLOCK_SIZE) as u64;
+    let adjacent = match (first.place.unpack(), next.place.unpack()) {
+        (Place::Log(a), Place::Log(b)) | (Place::Slab(a), Place::Slab(b)) => a + bytes == b,
+        _ => false,
+    };
+    adjacent && usize::from(next.block) == usize::from(first.block) + count
 }

@@ -1,31 +1,36 @@
-//! The store without threads: applies changes, answers reads, syncs the log. Background work is
-//! asked for through [`Signals`](crate::background::Signals).
+//! The store without threads: applies changes and syncs the log. Background work is asked for
+//! through [`Signals`](crate::background::Signals).
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::io::Errno;
-use sheepdog_types::{LayerKey, SlotId, Version, VolumeId};
+use sheepdog_types::{BLOCK_SIZE, Layer, LayerKey, ObjectId, SlotId, Version, VolumeId};
 
 use crate::api::{
     Applied, BlockRange, BlockState, LayerImage, LayerStat, Options, Payload, StoreIds, Usage,
 };
 use crate::background::Signals;
 use crate::check::{self, CheckedWrite};
-use crate::checkpoint::Checkpointer;
+use crate::checkpoint::{Checkpointer, GROW_SLABS, index_offset, sums_offset};
+use crate::damage::Damage;
 use crate::error::{FlushError, WriteError};
-use crate::format::{FLAG_ABSENT, FLAG_RELEASE, Header, Kind};
-use crate::layer::Entry;
+use crate::format::{FLAG_ABSENT, FLAG_DIRECT, FLAG_RELEASE, Header, Kind};
+use crate::layer::{Entry, LayerState, Place, SlabRef};
 use crate::log::{LogState, Ring};
 use crate::medium::{Medium, VFile};
 use crate::states::States;
-use crate::table::Table;
+use crate::table::{Sums, Table};
 
 /// Locks, also after a panic elsewhere: every holder keeps the structure valid at each step.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// A write of so many blocks goes straight to the slab if nothing is there: it then costs half the
+/// bytes, but a flush has a second file to sync.
+const DIRECT_BLOCKS: usize = 64;
 
 /// The files beside the log.
 pub(crate) struct Files {
@@ -50,6 +55,7 @@ pub(crate) struct Engine {
     pub(crate) files: Files,
     pub(crate) ring: Ring,
     pub(crate) table: Table,
+    pub(crate) damage: Damage,
     pub(crate) log: Mutex<LogState>,
     /// Signalled when the log has room again, or never will.
     pub(crate) room: Condvar,
@@ -67,6 +73,21 @@ pub(crate) struct Engine {
     pub(crate) failed: OnceLock<Arc<str>>,
     pub(crate) stuck: Mutex<Option<Stuck>>,
     pub(crate) signals: Signals,
+}
+
+/// What a record needs.
+#[derive(Clone, Copy)]
+struct Need {
+    len: u64,
+    blocks: u64,
+    privileged: bool,
+}
+
+impl Need {
+    fn of(header: &Header, blocks: u32) -> Self {
+        let privileged = matches!(header.kind, Kind::Clear | Kind::Delete | Kind::DeleteVolume);
+        Self { len: header.record_len(), blocks: u64::from(blocks), privileged }
+    }
 }
 
 impl Engine {
@@ -95,18 +116,22 @@ impl Engine {
             header.kind = Kind::Clear;
             header.flags = (u8::from(absent) * FLAG_ABSENT) | (u8::from(release) * FLAG_RELEASE);
         }
-        let privileged = header.kind == Kind::Clear;
-        let log = self.lock_with_room(header.record_len(), privileged, || {
-            self.check_write(key, prev, version, &write)
-        })?;
+        let need = Need::of(&header, header.count);
+        let log = self.lock_with_room(need, || self.check_write(key, prev, version, &write))?;
         let Some(mut log) = log else { return Ok(Applied::Already) };
-        let mut small = [0; 128];
-        let mut large = Vec::new();
-        let tables = check::crc_bytes(write.crcs, &mut small, &mut large);
-        self.append(&mut log, &mut header, &[tables], write.bytes)?;
-        self.apply_write(&mut log, &header, write.crcs.iter().copied());
+        let old = self.table.shard_of(key.object).get(key).and_then(LayerState::slab);
+        let slab = old.map_or_else(|| self.take_slab(&mut log), Ok)?;
+        let written = self.append_write(&mut log, &mut header, slab, &write);
+        if let Err(error) = written {
+            if old.is_none() {
+                log.slabs.give(slab);
+            }
+            return Err(error);
+        }
+        self.apply_write(&mut log, &header, slab, write.crcs.iter().copied());
         self.finish(log);
-        if privileged {
+        self.damage.heal(key, write.range.first(), write.range.end());
+        if need.privileged {
             self.space_freed();
         }
         Ok(Applied::Now)
@@ -127,6 +152,10 @@ impl Engine {
             let repeated = version.writer == have.writer && version.seq <= have.seq;
             return if repeated { Ok(None) } else { Err(WriteError::Behind { have }) };
         }
+        if let Some(newer) = shard.newest_existing(key.object).filter(|newest| *newest > key.layer)
+        {
+            return Err(WriteError::Frozen { newer });
+        }
         if !write.crcs.is_empty() {
             let (first, end) = (write.range.first(), write.range.end());
             let held = layer.map_or(0, |layer| layer.data_in(first, end));
@@ -143,15 +172,14 @@ impl Engine {
         Ok(())
     }
 
-    /// The log, locked, with room for a record of `len` bytes, after `check` said yes under that
-    /// lock. Waits for a checkpoint if the log is full: that is the back-pressure on writers.
+    /// The log, locked, with room for what is needed, after `check` said yes under that lock.
+    /// Waits for a checkpoint if the log is full: that is the back-pressure on writers.
     fn lock_with_room(
         &self,
-        len: u64,
-        privileged: bool,
+        need: Need,
         check: impl Fn() -> Result<Option<()>, WriteError>,
     ) -> Result<Option<MutexGuard<'_, LogState>>, WriteError> {
-        if len > self.ring.max_record() {
+        if need.len > self.ring.max_record() {
             return Err(WriteError::Invalid("larger than a log segment"));
         }
         let mut log = lock(&self.log);
@@ -162,7 +190,7 @@ impl Engine {
             if let Some(reason) = self.failed.get() {
                 return Err(WriteError::Failed(reason.clone()));
             }
-            if log.has_room(&self.ring, len, privileged) {
+            if log.has_room(&self.ring, need.len, need.blocks, need.privileged) {
                 return Ok(Some(log));
             }
             match lock(&self.stuck).clone() {
@@ -179,6 +207,86 @@ impl Engine {
                 let _ = self.checkpoint();
                 log = lock(&self.log);
             }
+        }
+    }
+
+    /// A free slab, whose index records and checksum tables have their space.
+    pub(crate) fn take_slab(&self, log: &mut LogState) -> Result<SlabRef, WriteError> {
+        loop {
+            if let Some(slab) = log.slabs.take() {
+                return Ok(slab);
+            }
+            let room = log.slabs.room.checked_add(GROW_SLABS).ok_or(WriteError::NoSpace)?;
+            self.grow(log, room).map_err(|error| self.no_space_or_failed(&error))?;
+        }
+    }
+
+    /// Makes room in `index` and `sums` for `slabs` slabs.
+    pub(crate) fn grow(&self, log: &mut LogState, slabs: u32) -> io::Result<()> {
+        self.files.index.allocate(index_offset(slabs, 0))?;
+        self.files.sums.allocate(sums_offset(slabs, 0))?;
+        log.slabs.room = slabs;
+        Ok(())
+    }
+
+    fn no_space_or_failed(&self, error: &io::Error) -> WriteError {
+        match Errno::from_io_error(error) {
+            Some(Errno::NOSPC) => WriteError::NoSpace,
+            _ => WriteError::Failed(self.fail("cannot extend the store's tables", error)),
+        }
+    }
+
+    /// Appends the record of a write, and writes its bytes: to the log, or to the slab before.
+    fn append_write(
+        &self,
+        log: &mut LogState,
+        header: &mut Header,
+        slab: SlabRef,
+        write: &CheckedWrite<'_>,
+    ) -> Result<(), WriteError> {
+        header.slab = slab.slab;
+        let mut small = [0; 128];
+        let mut large = Vec::new();
+        let tables = check::crc_bytes(write.crcs, &mut small, &mut large);
+        if !self.write_direct(header, slab, write)? {
+            return self.append(log, header, &[tables], write.bytes);
+        }
+        header.flags |= FLAG_DIRECT;
+        self.append(log, header, &[tables], &[])?;
+        log.direct_to = log.end;
+        Ok(())
+    }
+
+    /// Writes a large first write to its slab; false if it must go to the log. A crash before its
+    /// record is in the log leaves bytes in the slab that no index record counts.
+    fn write_direct(
+        &self,
+        header: &Header,
+        slab: SlabRef,
+        write: &CheckedWrite<'_>,
+    ) -> Result<bool, WriteError> {
+        let (first, end) = (write.range.first(), write.range.end());
+        let takes = |layer: &LayerState| layer.takes_direct(first, end);
+        if write.crcs.len() < DIRECT_BLOCKS
+            || !self.table.shard_of(header.key.object).get(header.key).is_none_or(takes)
+        {
+            return Ok(false);
+        }
+        let Err(error) = self.files.data.write_at(&[write.bytes], slab.offset(first)) else {
+            return Ok(true);
+        };
+        self.punch_or_warn(slab, (first, end));
+        if Errno::from_io_error(&error) == Some(Errno::NOSPC) {
+            return Err(WriteError::NoSpace);
+        }
+        tracing::warn!(disk = %self.ids.disk, %error, "cannot write to a slab: the log takes it");
+        Ok(false)
+    }
+
+    /// Gives back what a change that was refused has left in a slab.
+    fn punch_or_warn(&self, slab: SlabRef, blocks: (u16, u16)) {
+        if let Err(error) = self.punch(slab, Some(blocks)) {
+            tracing::warn!(disk = %self.ids.disk, %error, "cannot release space");
         }
     }
 
@@ -213,6 +321,7 @@ impl Engine {
         &self,
         log: &mut LogState,
         header: &Header,
+        slab: SlabRef,
         mut crcs: impl Iterator<Item = u32>,
     ) {
         let state = match header.kind {
@@ -222,48 +331,70 @@ impl Engine {
         };
         let release = header.flags & FLAG_RELEASE != 0;
         let (first, end) = (header.first, header.first + header.count as u16);
-        let data = header.data_lsn();
+        let place = |block: u16| {
+            if header.is_direct() {
+                return Place::Slab(slab.offset(block)).into();
+            }
+            let at = u64::from(block - first) * BLOCK_SIZE as u64;
+            Place::Log(header.data_lsn() + at).into()
+        };
         let entries = (first..end).map(|block| Entry {
             block,
             state,
             release,
             crc: crcs.next().unwrap_or(0),
-            lsn: data + u64::from(block - first) * sheepdog_types::BLOCK_SIZE as u64,
+            place: place(block),
         });
         let mut shard = self.table.shard_of(header.key.object);
         let layer = shard.get_or_insert(header.key);
         let old = (layer.version, layer.data_blocks);
         let range = (first, end, state);
-        if layer.change(log.generation, header.version, range, entries) {
+        if layer.change(log.generation, (header.version, slab), range, entries) {
             log.dirty.push(header.key);
         }
+        log.waiting += u64::from(header.count);
         self.table.count(header.key, old, (layer.version, layer.data_blocks));
     }
 
     /// Publishes a whole new content, or with [`Version::NONE`] a deletion; also used by replay.
+    /// `keep`: another layer took over some of the old content.
     pub(crate) fn apply_replace(
         &self,
         log: &mut LogState,
         key: LayerKey,
-        version: Version,
+        new: (Version, Option<SlabRef>),
+        keep: bool,
         entries: Vec<Entry>,
     ) {
         let mut shard = self.table.shard_of(key.object);
         let layer = shard.get_or_insert(key);
         let old = (layer.version, layer.data_blocks);
-        if layer.replace(log.generation, version, entries) {
+        log.waiting += entries.len() as u64;
+        if layer.replace(log.generation, new, keep, entries) {
             log.dirty.push(key);
         }
         self.table.count(key, old, (layer.version, layer.data_blocks));
     }
 
+    fn apply_delete(&self, log: &mut LogState, key: LayerKey) {
+        self.apply_replace(log, key, (Version::NONE, None), false, Vec::new());
+        self.damage.heal(key, 0, u16::MAX);
+    }
+
+    /// Deletes all layers of a volume from memory and gives their number; also used by replay.
+    pub(crate) fn apply_delete_volume(&self, log: &mut LogState, volume: VolumeId) -> usize {
+        let keys = self.table.keys_of(volume);
+        keys.iter().for_each(|key| self.apply_delete(log, *key));
+        keys.len()
+    }
+
     /// Ends a change: tells flushes how far they must sync and wakes background work if due.
     fn finish(&self, log: MutexGuard<'_, LogState>) {
-        let (start, end) = (log.start, log.end);
+        let (end, filling) = (log.end, log.is_filling(&self.ring));
         self.changed_to.store(end, SeqCst);
         drop(log);
         self.signals.changed(end - self.durable.load(SeqCst).min(end));
-        if end - start > self.ring.bytes() / 2 {
+        if filling {
             self.signals.request_checkpoint();
         }
     }
@@ -275,23 +406,24 @@ impl Engine {
         }
     }
 
-    /// See [`crate::Store::install`].
+    /// See [`crate::Store::install`]. The bytes go to a new slab first.
     pub(crate) fn install(
         &self,
         key: LayerKey,
         expect: Option<Version>,
         image: &LayerImage,
     ) -> Result<bool, WriteError> {
-        check::image(image)?;
+        let states = check::image(image)?;
         let prev = expect.unwrap_or(Version::NONE);
         let mut header = Header {
+            flags: FLAG_DIRECT,
             count: image.sums.crcs.len() as u32,
             key,
             prev,
             version: image.sums.version,
             ..Header::control(Kind::Install)
         };
-        let log = self.lock_with_room(header.record_len(), false, || {
+        let check = || {
             let shard = self.table.shard_of(key.object);
             let layer = shard.get(key);
             if layer.map_or(Version::NONE, |layer| layer.version) != prev {
@@ -300,19 +432,49 @@ impl Engine {
             let held = layer.map_or(0, |layer| u64::from(layer.data_blocks));
             self.check_space(u64::from(header.count).saturating_sub(held))?;
             Ok(Some(()))
-        })?;
-        let Some(mut log) = log else { return Ok(false) };
-        let mut states = States::default();
-        for run in &image.sums.runs {
-            (run.range.first()..run.range.end()).for_each(|block| states.set(block, run.state));
+        };
+        let mut log = lock(&self.log);
+        if check()?.is_none() {
+            return Ok(false);
         }
+        let slab = self.take_slab(&mut log)?;
+        drop(log);
+        let need = Need::of(&header, u32::from(BlockRange::ALL.count()));
+        let locked = self.write_image(slab, &states, &image.data);
+        let locked = locked.and_then(|()| self.lock_with_room(need, check));
         let mut crcs = Vec::new();
         crate::format::crcs_to_bytes(&image.sums.crcs, &mut crcs);
-        self.append(&mut log, &mut header, &[states.bytes(), &crcs], &image.data)?;
-        let entries = install_entries(&header, &states, image.sums.crcs.iter().copied());
-        self.apply_replace(&mut log, key, header.version, entries);
+        header.slab = slab.slab;
+        let appended = locked.and_then(|log| {
+            let Some(mut log) = log else { return Ok(None) };
+            self.append(&mut log, &mut header, &[states.bytes(), &crcs], &[]).map(|()| Some(log))
+        });
+        let Ok(Some(mut log)) = appended else {
+            self.punch_or_warn(slab, (0, BlockRange::ALL.end()));
+            lock(&self.log).slabs.give(slab);
+            return appended.map(|_| false);
+        };
+        log.direct_to = log.end;
+        let entries = install_entries(slab, &states, image.sums.crcs.iter().copied());
+        self.apply_replace(&mut log, key, (header.version, Some(slab)), false, entries);
         self.finish(log);
+        self.damage.heal(key, 0, u16::MAX);
         Ok(true)
+    }
+
+    /// Writes an image's data blocks to their places in a slab of their own.
+    fn write_image(&self, slab: SlabRef, states: &States, data: &[u8]) -> Result<(), WriteError> {
+        let mut at = 0;
+        for run in states.runs(BlockState::Data) {
+            let bytes = &data[at..at + run.bytes()];
+            at += run.bytes();
+            let written = self.files.data.write_at(&[bytes], slab.offset(run.first()));
+            written.map_err(|error| match Errno::from_io_error(&error) {
+                Some(Errno::NOSPC) => WriteError::NoSpace,
+                _ => WriteError::Failed(format!("cannot write to a slab: {error}").into()),
+            })?;
+        }
+        Ok(())
     }
 
     /// See [`crate::Store::delete`] and [`crate::Store::delete_at`].
@@ -322,7 +484,7 @@ impl Engine {
         expect: Option<Version>,
     ) -> Result<bool, WriteError> {
         let mut header = Header { key, ..Header::control(Kind::Delete) };
-        let log = self.lock_with_room(header.record_len(), true, || {
+        let log = self.lock_with_room(Need::of(&header, 0), || {
             let version = self.table.shard_of(key.object).version(key);
             let wanted = version != Version::NONE && expect.is_none_or(|e| e == version);
             Ok(wanted.then_some(()))
@@ -330,7 +492,7 @@ impl Engine {
         let Some(mut log) = log else { return Ok(false) };
         header.prev = self.table.shard_of(key.object).version(key);
         self.append(&mut log, &mut header, &[], &[])?;
-        self.apply_replace(&mut log, key, Version::NONE, Vec::new());
+        self.apply_delete(&mut log, key);
         self.finish(log);
         self.space_freed();
         Ok(true)
@@ -340,20 +502,136 @@ impl Engine {
     pub(crate) fn delete_volume(&self, volume: VolumeId) -> Result<usize, WriteError> {
         let mut header = Header::control(Kind::DeleteVolume);
         header.key.object.volume = volume;
-        let len = header.record_len();
-        let log = self.lock_with_room(len, true, || Ok(Some(())))?;
+        let log = self.lock_with_room(Need::of(&header, 0), || Ok(Some(())))?;
         let Some(mut log) = log else { return Ok(0) };
-        let keys = self.table.keys_of(volume);
-        if keys.is_empty() {
+        if self.table.keys_of(volume).is_empty() {
             return Ok(0);
         }
         self.append(&mut log, &mut header, &[], &[])?;
-        for key in &keys {
-            self.apply_replace(&mut log, *key, Version::NONE, Vec::new());
-        }
+        let count = self.apply_delete_volume(&mut log, volume);
         self.finish(log);
         self.space_freed();
-        Ok(keys.len())
+        Ok(count)
+    }
+
+    /// See [`crate::Store::merge`].
+    pub(crate) fn merge(
+        &self,
+        object: ObjectId,
+        upper: Layer,
+        lower: Layer,
+    ) -> Result<bool, WriteError> {
+        if lower >= upper {
+            return Err(WriteError::Invalid("a layer can only be merged into a newer one"));
+        }
+        let (key, lower_key) =
+            (LayerKey { object, layer: upper }, LayerKey { object, layer: lower });
+        let mut header = Header { key, lower, ..Header::control(Kind::Merge) };
+        let (mut log, sums) = loop {
+            // Read without a lock; whether it still is the right one shows under the lock.
+            let (slab, sums) = self.merge_source(lower_key)?;
+            let need = Need::of(&header, u32::from(BlockRange::ALL.count()));
+            let log = self.lock_with_room(need, || {
+                let shard = self.table.shard_of(object);
+                let both = [key, lower_key].map(|key| shard.version(key) != Version::NONE);
+                Ok((both == [true; 2]).then_some(()))
+            })?;
+            let Some(log) = log else { return Ok(false) };
+            let shard = self.table.shard_of(object);
+            let source = shard.get(lower_key);
+            if source.is_some_and(|layer| layer.frozen.is_some()) {
+                // A checkpoint is moving its blocks out of the log. Wait for that.
+                drop((shard, log));
+                drop(lock(&self.checkpointer));
+                continue;
+            }
+            if source.and_then(LayerState::visible_base).map(|base| base.slab) == slab {
+                (header.prev, header.version) = (shard.version(key), shard.version(lower_key));
+                header.slab = shard.get(key).and_then(LayerState::slab).map_or(0, |s| s.slab);
+                drop(shard);
+                break (log, sums);
+            }
+        };
+        let moved = self.merge_entries(key, lower_key, sums.as_deref());
+        let data = moved.iter().filter(|entry| entry.state == BlockState::Data).count();
+        self.check_space(data as u64)?;
+        self.append(&mut log, &mut header, &[], &[])?;
+        self.apply_merge(&mut log, key, lower_key, &moved);
+        self.finish(log);
+        Ok(true)
+    }
+
+    /// The committed slab and checksums of a layer that is to be merged.
+    fn merge_source(
+        &self,
+        key: LayerKey,
+    ) -> Result<(Option<SlabRef>, Option<Arc<Sums>>), WriteError> {
+        let wanted = self.table.shard_of(key.object).get(key).and_then(|layer| layer.wanted(key));
+        let Some(wanted) = wanted else { return Ok((None, None)) };
+        match self.load_sums(&wanted) {
+            Ok(sums) => Ok((Some(wanted.slab), Some(sums))),
+            // It may have been replaced meanwhile: then the comparison of slabs tells.
+            Err(error) if self.base_is(&wanted) => {
+                Err(WriteError::Damaged { key, reason: error.to_string().into() })
+            }
+            Err(_) => Ok((Some(SlabRef::unused(u32::MAX)), None)),
+        }
+    }
+
+    /// What absent blocks of `key` become when `lower` is merged into it; also used by replay.
+    pub(crate) fn merge_entries(
+        &self,
+        key: LayerKey,
+        lower: LayerKey,
+        sums: Option<&Sums>,
+    ) -> Vec<Entry> {
+        use crate::layer::Located;
+        let shard = self.table.shard_of(key.object);
+        let (Some(upper), Some(lower)) = (shard.get(key), shard.get(lower)) else {
+            return Vec::new();
+        };
+        let absent = |block: &u16| upper.locate(*block) == Located::Absent;
+        let moved = (0..BlockRange::ALL.end()).filter(absent).filter_map(|block| {
+            let located = lower.locate(block);
+            let mut entry = Entry {
+                block,
+                state: located.state(),
+                release: false,
+                crc: 0,
+                place: Place::Log(0).into(),
+            };
+            match located {
+                Located::Absent => return None,
+                Located::Zero => {}
+                Located::Data { crc, place } => (entry.crc, entry.place) = (crc, place.into()),
+                Located::Base { offset } => {
+                    entry.crc = sums.map_or(0, |sums| sums[usize::from(block)]);
+                    entry.place = Place::Slab(offset).into();
+                }
+            }
+            Some(entry)
+        });
+        moved.collect()
+    }
+
+    /// Publishes a merge; also used by replay.
+    pub(crate) fn apply_merge(
+        &self,
+        log: &mut LogState,
+        key: LayerKey,
+        lower: LayerKey,
+        moved: &[Entry],
+    ) {
+        let mut shard = self.table.shard_of(key.object);
+        let layer = shard.get_or_insert(key);
+        let old = (layer.version, layer.data_blocks);
+        if layer.absorb(log.generation, moved) {
+            log.dirty.push(key);
+        }
+        log.waiting += moved.len() as u64;
+        self.table.count(key, old, (layer.version, layer.data_blocks));
+        drop(shard);
+        self.apply_replace(log, lower, (Version::NONE, None), true, Vec::new());
     }
 
     /// Makes every change applied before the call durable; one caller at a time syncs, the others
@@ -361,50 +639,86 @@ impl Engine {
     pub(crate) fn sync_log(&self) -> Result<(), FlushError> {
         let wanted = self.changed_to.load(SeqCst);
         let _one = lock(&self.syncing);
-        let from = self.durable.load(SeqCst);
-        if from >= wanted {
+        if self.durable.load(SeqCst) >= wanted {
             return Ok(());
         }
+        self.sync_all()?;
+        let mut log = lock(&self.log);
+        // It need not become durable: it only matters if it does.
+        if log.has_room(&self.ring, crate::format::HEADER as u64, 0, false)
+            && let Err(error) = self.note(&mut log)
+        {
+            tracing::debug!(%error, "no note of the last sync");
+        }
+        Ok(())
+    }
+
+    /// Syncs the log and what was written directly. The caller holds `syncing`.
+    fn sync_all(&self) -> Result<(), FlushError> {
         if let Some(reason) = self.failed.get() {
             return Err(FlushError(reason.clone()));
         }
-        let to = lock(&self.log).end;
+        let from = self.durable.load(SeqCst);
+        let (to, direct) = {
+            let log = lock(&self.log);
+            (log.end, log.direct_to > from)
+        };
         self.signals.sync_begins();
-        if let Err(error) = self.ring.sync(from, to) {
-            return Err(FlushError(self.fail("cannot sync the log", &error)));
+        let mut files = self.ring.files_of(from, to);
+        if direct {
+            files.push(&self.files.data);
+        }
+        if let Err(error) = self.medium.sync_all(&files) {
+            return Err(FlushError(self.fail("cannot make the log durable", &error)));
         }
         self.durable.store(to, SeqCst);
-        self.note_synced();
+        let mut log = lock(&self.log);
+        if log.noted.0 <= to {
+            log.proven = log.noted.1;
+        }
         Ok(())
     }
 
     /// Leaves a record of what is durable, so that later damage to it is not mistaken for a torn
-    /// tail. The record itself need not become durable: it only matters if it does.
-    fn note_synced(&self) {
+    /// tail.
+    fn note(&self, log: &mut LogState) -> io::Result<()> {
+        let durable = self.durable.load(SeqCst);
+        log.append(&self.ring, durable, &mut Header::control(Kind::Synced), &[], &[])?;
+        log.noted = (log.end, durable);
+        Ok(())
+    }
+
+    /// Makes the log durable up to `to`, and durable that it is. Replay does not compare the bytes
+    /// of direct writes before such a record: a checkpoint may have changed them since.
+    pub(crate) fn prove(&self, to: u64) -> Result<(), FlushError> {
+        self.sync_log()?;
+        let _one = lock(&self.syncing);
         let mut log = lock(&self.log);
-        let mut header = Header::control(Kind::Synced);
-        if log.has_room(&self.ring, header.record_len(), false) {
-            let durable = self.durable.load(SeqCst);
-            if let Err(error) = log.append(&self.ring, durable, &mut header, &[], &[]) {
-                tracing::debug!(%error, "no note of the last sync");
-            }
+        let needed = log.direct_to > log.proven && log.proven < to;
+        if !needed {
+            return Ok(());
         }
+        let noted = if log.has_room_for_note(&self.ring) {
+            self.note(&mut log)
+        } else {
+            Err(io::Error::other("no room in the log"))
+        };
+        drop(log);
+        noted.map_err(|error| FlushError(self.fail("cannot write the log", &error)))?;
+        self.sync_all()
     }
 
     pub(crate) fn stats(&self, slot: SlotId) -> Vec<LayerStat> {
         let shard = self.table.shard(slot);
-        let mut stats: Vec<_> = shard
-            .existing()
-            .map(crate::layer::LayerState::stat)
-            .filter(|stat| stat.key.object.slot() == slot)
-            .collect();
+        let mut stats: Vec<_> =
+            shard.existing_in(slot).map(|(key, layer)| layer.stat(key)).collect();
         drop(shard);
         stats.sort_unstable_by_key(|stat| stat.key);
         stats
     }
 
     pub(crate) fn usage(&self) -> Usage {
-        let block = sheepdog_types::BLOCK_SIZE as u64;
+        let block = BLOCK_SIZE as u64;
         Usage {
             capacity: self.limit.load(SeqCst).max(self.table.used.load(SeqCst)) * block,
             used: self.table.used.load(SeqCst) * block,
@@ -415,23 +729,16 @@ impl Engine {
 
 /// The entries of an installed layer; `crcs` are those of its data blocks.
 pub(crate) fn install_entries(
-    header: &Header,
+    slab: SlabRef,
     states: &States,
     mut crcs: impl Iterator<Item = u32>,
 ) -> Vec<Entry> {
-    let mut lsn = header.data_lsn();
-    let mut entries = Vec::new();
-    for block in BlockRange::ALL.first()..BlockRange::ALL.end() {
+    let blocks = 0..BlockRange::ALL.end();
+    let present = blocks.filter(|block| states.get(*block) != BlockState::Absent);
+    let entry = |block| {
         let state = states.get(block);
-        if state == BlockState::Absent {
-            continue;
-        }
-        let mut entry = Entry { block, state, release: true, crc: 0, lsn: 0 };
-        if state == BlockState::Data {
-            (entry.crc, entry.lsn) = (crcs.next().unwrap_or(0), lsn);
-            lsn += sheepdog_types::BLOCK_SIZE as u64;
-        }
-        entries.push(entry);
-    }
-    entries
+        let crc = if state == BlockState::Data { crcs.next().unwrap_or(0) } else { 0 };
+        Entry { block, state, release: true, crc, place: Place::Slab(slab.offset(block)).into() }
+    };
+    present.map(entry).collect()
 }

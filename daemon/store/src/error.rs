@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use sheepdog_types::{LayerKey, Version};
+use sheepdog_types::{Layer, LayerKey, Version};
 
 /// Why a store could not be created or opened. Nothing that was stored is changed by a failed open.
 #[derive(Debug, thiserror::Error)]
@@ -20,12 +20,12 @@ pub enum OpenError {
     /// [`crate::Store::create`] found a store in the directory; it was left as it is.
     #[error("{} already holds a store; it was left as it is", .0.display())]
     Exists(PathBuf),
-    /// The store was written by a newer release.
-    #[error("the store has format version {found}, this release reads up to {supported}: upgrade")]
-    NewerFormat {
+    /// The store was written by a newer release, or by one from before the first release.
+    #[error("the store has format version {found}, this release reads version {supported} only{}", if found > supported { ": upgrade" } else { "" })]
+    OtherFormat {
         /// Version on the disk.
         found: u32,
-        /// Newest version this release knows.
+        /// The version this release knows.
         supported: u32,
     },
     /// Another process (or another [`crate::Store`] of this process) has the store open.
@@ -76,6 +76,20 @@ pub enum WriteError {
     Behind {
         /// The layer's version here.
         have: Version,
+    },
+    /// The object has a newer layer: older ones no longer change. Not written.
+    #[error("the layer is frozen by layer {newer} of the object (not written)")]
+    Frozen {
+        /// The object's newest layer.
+        newer: Layer,
+    },
+    /// What is stored and would have been moved is damaged. Not done.
+    #[error("{key} is damaged: {reason} (not done; repair it from a replica)")]
+    Damaged {
+        /// The layer.
+        key: LayerKey,
+        /// What was found.
+        reason: Arc<str>,
     },
     /// The bytes do not match their checksum: they were damaged on the way here. Not written.
     #[error("checksum mismatch in block {block} of the request (not written; send it again)")]

@@ -11,8 +11,8 @@ use sheepdog_types::{
 use crate::api::StoreIds;
 use crate::states::{STATES_BYTES, States};
 
-/// Newest format that this code reads and the only one it writes.
-pub(crate) const FORMAT: u32 = 1;
+/// The format that this code reads and writes.
+pub(crate) const FORMAT: u32 = 2;
 /// Bytes of each part of the superblock file: two copies of the superblock, two marks.
 pub(crate) const SUPER_PART: u64 = 4096;
 /// Bytes of an encoded superblock or mark, one sector.
@@ -68,7 +68,8 @@ pub(crate) struct Superblock {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SuperError {
     NoMagic,
-    Newer(u32),
+    /// Another format version.
+    Other(u32),
     Damaged,
 }
 
@@ -93,8 +94,8 @@ impl Superblock {
         if !sector_is_sealed(buf) {
             return Err(SuperError::Damaged);
         }
-        if u32_at(buf, 8) > FORMAT {
-            return Err(SuperError::Newer(u32_at(buf, 8)));
+        if u32_at(buf, 8) != FORMAT {
+            return Err(SuperError::Other(u32_at(buf, 8)));
         }
         let this = Self {
             ids: StoreIds {
@@ -137,6 +138,9 @@ pub(crate) struct Mark {
     pub(crate) incarnation: u32,
     /// The log holds nothing from `log_start` on.
     pub(crate) clean: bool,
+    /// Where the log of all incarnations before this one ends: what they wrote behind it does not
+    /// count, whatever becomes of it.
+    pub(crate) prior_end: u64,
 }
 
 impl Mark {
@@ -149,6 +153,7 @@ impl Mark {
         put(&mut buf, 32, self.index_digest.to_le_bytes());
         put(&mut buf, 40, self.incarnation.to_le_bytes());
         buf[44] = u8::from(self.clean);
+        put(&mut buf, 48, self.prior_end.to_le_bytes());
         seal_sector(&mut buf);
         buf
     }
@@ -164,10 +169,12 @@ impl Mark {
             index_digest: u64_at(buf, 32),
             incarnation: u32_at(buf, 40),
             clean: buf[44] != 0,
+            prior_end: u64_at(buf, 48),
         };
         // Leaves room to count on without overflow.
-        let limit = 1 << 62;
-        let sane = this.sequence < limit && this.checkpoint < limit && this.log_start < limit;
+        let sane = [this.sequence, this.checkpoint, this.log_start, this.prior_end]
+            .into_iter()
+            .all(|number| number < 1 << 62);
         (sane && this.incarnation < u32::MAX).then_some(this)
     }
 
@@ -257,16 +264,19 @@ fn version_at(buf: &[u8], at: usize) -> Version {
 /// What a log record does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// Blocks with data: checksums and bytes follow.
+    /// Blocks with data: checksums follow, then bytes unless these are in the slab.
     Data,
     /// Blocks become zero or absent.
     Clear,
-    /// The whole layer is replaced: states, checksums and bytes follow.
+    /// The whole layer is replaced: states and checksums follow; the bytes are in its new slab.
     Install,
     /// The layer goes.
     Delete,
     /// All layers of the volume go.
     DeleteVolume,
+    /// Another layer of the object, which goes, shows through this one's absent blocks no longer:
+    /// they become what it held.
+    Merge,
     /// The log goes on in the next segment.
     End,
     /// Nothing; its `durable` field proves what was durable.
@@ -274,7 +284,7 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Data,
         Self::Clear,
         Self::Install,
@@ -282,6 +292,7 @@ impl Kind {
         Self::DeleteVolume,
         Self::End,
         Self::Synced,
+        Self::Merge,
     ];
 
     fn code(self) -> u8 {
@@ -293,6 +304,7 @@ impl Kind {
             Self::DeleteVolume => 5,
             Self::End => 6,
             Self::Synced => 7,
+            Self::Merge => 8,
         }
     }
 }
@@ -301,6 +313,10 @@ impl Kind {
 pub(crate) const FLAG_ABSENT: u8 = 1;
 /// [`Header::flags`]: the space of cleared blocks is released.
 pub(crate) const FLAG_RELEASE: u8 = 2;
+/// [`Header::flags`]: the bytes are not in the record, they were written to the slab before.
+pub(crate) const FLAG_DIRECT: u8 = 4;
+/// [`Header::slab`] of a record that needs none.
+pub(crate) const NO_SLAB: u32 = u32::MAX;
 
 /// Start of a log record. Tables (states, checksums) and data follow it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -319,8 +335,12 @@ pub(crate) struct Header {
     pub(crate) key: LayerKey,
     /// The layer's version before.
     pub(crate) prev: Version,
-    /// The layer's version after.
+    /// The layer's version after; for a merge the version of the layer that goes.
     pub(crate) version: Version,
+    /// The slab that the layer has from this record on.
+    pub(crate) slab: u32,
+    /// For a merge the layer that goes.
+    pub(crate) lower: Layer,
 }
 
 impl Header {
@@ -338,7 +358,14 @@ impl Header {
             key: LayerKey { object, layer: Layer(0) },
             prev: Version::NONE,
             version: Version::NONE,
+            slab: NO_SLAB,
+            lower: Layer(0),
         }
+    }
+
+    /// Whether the blocks are in the slab, not in the record.
+    pub(crate) fn is_direct(&self) -> bool {
+        self.flags & FLAG_DIRECT != 0
     }
 
     /// Bytes of states and checksums after the header.
@@ -353,7 +380,7 @@ impl Header {
     /// Bytes of data after the tables.
     pub(crate) fn data_len(&self) -> usize {
         match self.kind {
-            Kind::Data | Kind::Install => self.count as usize * sheepdog_types::BLOCK_SIZE,
+            Kind::Data if !self.is_direct() => self.count as usize * sheepdog_types::BLOCK_SIZE,
             _ => 0,
         }
     }
@@ -387,6 +414,8 @@ impl Header {
         put(&mut buf, 56, self.prev.seq.to_le_bytes());
         put(&mut buf, 64, self.version.writer.0.to_le_bytes());
         put(&mut buf, 72, self.version.seq.to_le_bytes());
+        put(&mut buf, 80, self.slab.to_le_bytes());
+        put(&mut buf, 84, self.lower.0.to_le_bytes());
         let mut crc = crc32c::crc32c_append(seed, &buf[..HEADER - 4]);
         for table in tables {
             crc = crc32c::crc32c_append(crc, table);
@@ -414,6 +443,8 @@ impl Header {
             key: key_at(buf, 32),
             prev: version_at(buf, 48),
             version: version_at(buf, 64),
+            slab: u32_at(buf, 80),
+            lower: Layer(u32_at(buf, 84)),
         };
         let last = u64::from(this.first) + u64::from(this.count);
         (last <= BLOCKS_PER_OBJECT as u64).then_some(this)
@@ -460,6 +491,7 @@ mod tests {
             index_digest: 8,
             incarnation: 9,
             clean: true,
+            prior_end: 10,
         };
         assert_eq!(Mark::decode(&mark.encode()), Some(mark));
         let mut states = States::default();
@@ -485,7 +517,9 @@ mod tests {
     fn record_headers_round_trip() {
         for kind in Kind::ALL {
             let header = Header {
-                flags: 3,
+                flags: 7,
+                slab: 12,
+                lower: Layer(13),
                 first: 7,
                 count: 3,
                 lsn: 64,

@@ -1,19 +1,20 @@
 //! One object layer in memory: what is in the slab, overlaid by what is in the log only.
 //!
 //! ```text
-//!   live     changes since the running (or next) checkpoint began    ── in the log
-//!   frozen   changes that the running checkpoint is applying         ── in the log, durable
-//!   base     what the last checkpoint committed                      ── in the slab
+//!   live     changes since the running (or next) checkpoint began
+//!   frozen   changes that the running checkpoint is applying          (their log is durable)
+//!   base     what the last checkpoint committed                       (in the slab)
 //! ```
 //! The newest that says something of a block decides. A `reset` overlay (delete, install) hides
-//! all below it.
+//! all below it. The bytes of a changed block are in the log or, if they were written directly or
+//! came from another layer by a merge, in a slab.
 
 use std::sync::Arc;
 
-use sheepdog_types::{BLOCK_SIZE, BLOCKS_PER_OBJECT, LayerKey, OBJECT_SIZE, Version};
+use sheepdog_types::{BLOCK_SIZE, LayerKey, OBJECT_SIZE, Version};
 
 use crate::api::{BlockState, LayerStat};
-use crate::states::States;
+use crate::states::CompactStates;
 
 /// Where the bytes of a data block are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,12 +25,44 @@ pub(crate) enum Place {
     Slab(u64),
 }
 
+/// A [`Place`] in eight bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PackedPlace(u64);
+
+impl PackedPlace {
+    const SLAB: u64 = 1 << 63;
+
+    pub(crate) fn unpack(self) -> Place {
+        if self.0 & Self::SLAB == 0 {
+            Place::Log(self.0)
+        } else {
+            Place::Slab(self.0 & !Self::SLAB)
+        }
+    }
+}
+
+impl From<Place> for PackedPlace {
+    fn from(place: Place) -> Self {
+        match place {
+            Place::Log(lsn) => Self(lsn),
+            Place::Slab(offset) => Self(offset | Self::SLAB),
+        }
+    }
+}
+
 /// A block as the layer sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Located {
     Absent,
     Zero,
-    Data { crc: u32, place: Place },
+    Data {
+        crc: u32,
+        place: Place,
+    },
+    /// Data in the slab at this offset, its checksum in the committed table.
+    Base {
+        offset: u64,
+    },
 }
 
 impl Located {
@@ -37,7 +70,7 @@ impl Located {
         match self {
             Self::Absent => BlockState::Absent,
             Self::Zero => BlockState::Zero,
-            Self::Data { .. } => BlockState::Data,
+            Self::Data { .. } | Self::Base { .. } => BlockState::Data,
         }
     }
 }
@@ -50,8 +83,26 @@ pub(crate) struct Entry {
     /// Of a cleared block: give its space back.
     pub(crate) release: bool,
     pub(crate) crc: u32,
-    /// LSN of the bytes of a data block.
-    pub(crate) lsn: u64,
+    /// Of a data block.
+    pub(crate) place: PackedPlace,
+}
+
+impl Entry {
+    pub(crate) fn located(&self) -> Located {
+        match self.state {
+            BlockState::Absent => Located::Absent,
+            BlockState::Zero => Located::Zero,
+            BlockState::Data => Located::Data { crc: self.crc, place: self.place.unpack() },
+        }
+    }
+}
+
+/// A slab that its layer left.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Dropped {
+    pub(crate) slab: SlabRef,
+    /// Another layer's blocks are still read from it: it must stay until the commit.
+    pub(crate) keep: bool,
 }
 
 /// Changes of a layer since some checkpoint.
@@ -61,16 +112,24 @@ pub(crate) struct Overlay {
     pub(crate) generation: u64,
     /// Nothing below counts.
     pub(crate) reset: bool,
+    /// Where the changes go; none if the layer is deleted.
+    pub(crate) slab: Option<SlabRef>,
     /// The layer's version with these changes; [`Version::NONE`]: deleted.
     pub(crate) version: Version,
     /// Ascending by block, each block once.
     pub(crate) entries: Vec<Entry>,
+    pub(crate) dropped: Vec<Dropped>,
 }
 
 impl Overlay {
     pub(crate) fn find(&self, block: u16) -> Option<&Entry> {
         let at = self.entries.binary_search_by_key(&block, |entry| entry.block).ok()?;
         Some(&self.entries[at])
+    }
+
+    fn touches(&self, first: u16, end: u16) -> bool {
+        let at = self.entries.partition_point(|entry| entry.block < first);
+        self.entries.get(at).is_some_and(|entry| entry.block < end)
     }
 
     /// Replaces what is said of the blocks `first..end` by `new`, which covers just those.
@@ -88,6 +147,8 @@ impl Overlay {
     fn merge(&mut self, newer: Self) {
         self.version = newer.version;
         self.generation = newer.generation;
+        self.slab = newer.slab;
+        self.dropped.extend(newer.dropped);
         if newer.reset {
             self.reset = true;
             self.entries = newer.entries;
@@ -105,126 +166,133 @@ pub(crate) struct SlabRef {
     pub(crate) slab: u32,
     /// 0 or 1: the committed index record and checksum table.
     pub(crate) slot: u8,
-    /// Part of the committed record in the index digest; 0 if the slab was never used.
+    /// Part of the committed record in the index digest; 0 if there is none.
     pub(crate) hash: u64,
 }
 
 impl SlabRef {
+    /// A slab without a committed record. Slot 1 counts as the one in use, so that slot 0 is
+    /// written first.
+    pub(crate) fn unused(slab: u32) -> Self {
+        Self { slab, slot: 1, hash: 0 }
+    }
+
     /// Offset of `block` in the data file.
     pub(crate) fn offset(&self, block: u16) -> u64 {
         u64::from(self.slab) * OBJECT_SIZE + u64::from(block) * BLOCK_SIZE as u64
     }
+
+    /// The same slab with the other record counting.
+    pub(crate) fn flipped(&self, hash: u64) -> Self {
+        Self { slab: self.slab, slot: 1 - self.slot, hash }
+    }
 }
 
-/// What a checkpoint committed of a layer.
+/// What a checkpoint committed of a layer. The checksums are in `sums`.
 #[derive(Clone, Debug)]
 pub(crate) struct Base {
     pub(crate) slab: SlabRef,
-    pub(crate) content: Content,
-}
-
-/// States and checksums of all blocks of a layer.
-#[derive(Clone, Debug)]
-pub(crate) struct Content {
-    pub(crate) states: Box<States>,
-    pub(crate) crcs: Box<[u32; BLOCKS_PER_OBJECT]>,
-}
-
-impl Default for Content {
-    fn default() -> Self {
-        Self { states: Box::default(), crcs: Box::new([0; BLOCKS_PER_OBJECT]) }
-    }
-}
-
-impl Content {
-    /// The content after `overlay`.
-    pub(crate) fn apply(&mut self, overlay: &Overlay) {
-        if overlay.reset {
-            *self.states = States::default();
-            self.crcs.fill(0);
-        }
-        for entry in &overlay.entries {
-            self.states.set(entry.block, entry.state);
-            self.crcs[usize::from(entry.block)] = entry.crc;
-        }
-    }
+    /// Checksum of the checksum table.
+    pub(crate) sums_crc: u32,
+    pub(crate) states: CompactStates,
 }
 
 /// One object layer.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct LayerState {
-    pub(crate) key: LayerKey,
     /// Of the newest change; [`Version::NONE`] while a deleted layer waits for a checkpoint.
     pub(crate) version: Version,
     pub(crate) data_blocks: u16,
     pub(crate) zero_blocks: u16,
-    pub(crate) live: Option<Overlay>,
+    pub(crate) live: Option<Box<Overlay>>,
     pub(crate) frozen: Option<Arc<Overlay>>,
     pub(crate) base: Option<Base>,
 }
 
 impl LayerState {
-    pub(crate) fn new(key: LayerKey) -> Self {
-        Self {
-            key,
-            version: Version::NONE,
-            data_blocks: 0,
-            zero_blocks: 0,
-            live: None,
-            frozen: None,
-            base: None,
-        }
-    }
-
     pub(crate) fn exists(&self) -> bool {
         self.version != Version::NONE
     }
 
-    pub(crate) fn stat(&self) -> LayerStat {
+    /// Deleted, and nothing of it is left to apply.
+    pub(crate) fn is_gone(&self) -> bool {
+        !self.exists() && self.live.is_none() && self.frozen.is_none() && self.base.is_none()
+    }
+
+    pub(crate) fn stat(&self, key: LayerKey) -> LayerStat {
         LayerStat {
-            key: self.key,
+            key,
             version: self.version,
             data_blocks: self.data_blocks,
             zero_blocks: self.zero_blocks,
         }
     }
 
+    /// The slab that new changes go to; none if the layer does not exist.
+    pub(crate) fn slab(&self) -> Option<SlabRef> {
+        match (&self.live, &self.frozen) {
+            (Some(live), _) => live.slab,
+            (None, Some(frozen)) => frozen.slab,
+            (None, None) => self.base.as_ref().map(|base| base.slab),
+        }
+    }
+
+    fn overlays(&self) -> impl Iterator<Item = &Overlay> {
+        [self.live.as_deref(), self.frozen.as_deref()].into_iter().flatten()
+    }
+
+    /// The committed content, unless an overlay hides all of it.
+    pub(crate) fn visible_base(&self) -> Option<&Base> {
+        if self.overlays().any(|overlay| overlay.reset) { None } else { self.base.as_ref() }
+    }
+
     pub(crate) fn locate(&self, block: u16) -> Located {
-        for overlay in [self.live.as_ref(), self.frozen.as_deref()].into_iter().flatten() {
+        for overlay in self.overlays() {
             if let Some(entry) = overlay.find(block) {
-                return match entry.state {
-                    BlockState::Absent => Located::Absent,
-                    BlockState::Zero => Located::Zero,
-                    BlockState::Data => {
-                        Located::Data { crc: entry.crc, place: Place::Log(entry.lsn) }
-                    }
-                };
+                return entry.located();
             }
             if overlay.reset {
                 return Located::Absent;
             }
         }
         let Some(base) = &self.base else { return Located::Absent };
-        match base.content.states.get(block) {
+        match base.states.get(block) {
             BlockState::Absent => Located::Absent,
             BlockState::Zero => Located::Zero,
-            BlockState::Data => Located::Data {
-                crc: base.content.crcs[usize::from(block)],
-                place: Place::Slab(base.slab.offset(block)),
-            },
+            BlockState::Data => Located::Base { offset: base.slab.offset(block) },
         }
+    }
+
+    /// Whether bytes for `first..end` may go straight to the slab: it holds nothing there that the
+    /// last checkpoint committed, and no change waits that a checkpoint would write or punch there.
+    pub(crate) fn takes_direct(&self, first: u16, end: u16) -> bool {
+        for overlay in self.overlays() {
+            if overlay.touches(first, end) {
+                return false;
+            }
+            if overlay.reset {
+                return true;
+            }
+        }
+        self.base
+            .as_ref()
+            .is_none_or(|base| (first..end).all(|block| base.states.get(block) != BlockState::Data))
     }
 
     /// The overlay that takes changes of `generation`, and whether it was made just now.
     fn live_mut(&mut self, generation: u64) -> (&mut Overlay, bool) {
         self.freeze_before(generation);
         let fresh = self.live.is_none();
-        let version = self.version;
-        let overlay = self.live.get_or_insert_with(|| Overlay {
-            generation,
-            reset: false,
-            version,
-            entries: Vec::new(),
+        let (version, slab) = (self.version, self.slab());
+        let overlay = self.live.get_or_insert_with(|| {
+            Box::new(Overlay {
+                generation,
+                reset: false,
+                slab,
+                version,
+                entries: Vec::new(),
+                dropped: Vec::new(),
+            })
         });
         (overlay, fresh)
     }
@@ -234,7 +302,7 @@ impl LayerState {
     pub(crate) fn freeze_before(&mut self, generation: u64) {
         if self.live.as_ref().is_some_and(|live| live.generation < generation) {
             debug_assert!(self.frozen.is_none(), "one checkpoint at a time");
-            self.frozen = self.live.take().map(Arc::new);
+            self.frozen = self.live.take().map(|live| Arc::new(*live));
         }
     }
 
@@ -246,10 +314,17 @@ impl LayerState {
         let newer = self.live.take();
         let alone = newer.is_none();
         if let Some(newer) = newer {
-            merged.merge(newer);
+            merged.merge(*newer);
         }
-        self.live = Some(merged);
+        self.live = Some(Box::new(merged));
         alone
+    }
+
+    /// The slab's other index record counts now.
+    pub(crate) fn slab_committed(&mut self, slab: SlabRef) {
+        let Some(live) = &mut self.live else { return };
+        let refs = live.slab.iter_mut().chain(live.dropped.iter_mut().map(|d| &mut d.slab));
+        refs.filter(|known| known.slab == slab.slab).for_each(|known| *known = slab);
     }
 
     /// Blocks of `first..end` that hold data now.
@@ -272,7 +347,7 @@ impl LayerState {
     pub(crate) fn change(
         &mut self,
         generation: u64,
-        version: Version,
+        (version, slab): (Version, SlabRef),
         (first, end, state): (u16, u16, BlockState),
         entries: impl Iterator<Item = Entry>,
     ) -> bool {
@@ -284,26 +359,47 @@ impl LayerState {
             BlockState::Zero => self.zero_blocks += end - first,
             BlockState::Absent => {}
         }
-        self.version = version;
         let (live, fresh) = self.live_mut(generation);
         live.version = version;
+        live.slab = Some(slab);
         live.splice(first, end, entries);
+        self.version = version;
         fresh
     }
 
-    /// Replaces the whole content; [`Version::NONE`] deletes. True as in [`LayerState::change`].
+    /// Takes up blocks that were absent until now. True as in [`LayerState::change`].
+    pub(crate) fn absorb(&mut self, generation: u64, entries: &[Entry]) -> bool {
+        for entry in entries {
+            match entry.state {
+                BlockState::Data => self.data_blocks += 1,
+                BlockState::Zero => self.zero_blocks += 1,
+                BlockState::Absent => {}
+            }
+        }
+        let (live, fresh) = self.live_mut(generation);
+        for entry in entries {
+            live.splice(entry.block, entry.block + 1, std::iter::once(*entry));
+        }
+        fresh
+    }
+
+    /// Replaces the whole content, which goes to another slab; [`Version::NONE`] deletes. `keep` is
+    /// that of the old slab's [`Dropped`]. True as in [`LayerState::change`].
     pub(crate) fn replace(
         &mut self,
         generation: u64,
-        version: Version,
+        (version, slab): (Version, Option<SlabRef>),
+        keep: bool,
         entries: Vec<Entry>,
     ) -> bool {
         let count = |state| entries.iter().filter(|entry| entry.state == state).count() as u16;
         self.data_blocks = count(BlockState::Data);
         self.zero_blocks = count(BlockState::Zero);
-        self.version = version;
+        let old = self.slab();
         let (live, fresh) = self.live_mut(generation);
-        *live = Overlay { generation, reset: true, version, entries };
+        live.dropped.extend(old.map(|slab| Dropped { slab, keep }));
+        (live.reset, live.slab, live.version, live.entries) = (true, slab, version, entries);
+        self.version = version;
         fresh
     }
 }

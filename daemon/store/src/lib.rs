@@ -23,6 +23,7 @@ mod api;
 mod background;
 mod check;
 mod checkpoint;
+mod damage;
 mod engine;
 mod error;
 mod format;
@@ -52,6 +53,7 @@ use engine::Engine;
 pub use error::{FlushError, OpenError, ReadError, WriteError};
 use lockfile::LockFile;
 use medium::Directory;
+use read::Mode;
 
 /// The store of one disk.
 ///
@@ -144,7 +146,23 @@ impl Store {
         buf: &mut [u8],
         crcs: &mut [u32],
     ) -> Result<ReadOutcome, ReadError> {
-        self.engine.read(object, chain, first, buf, crcs)
+        let read = self.engine.read(Mode::Wait, object, chain, first, buf, crcs)?;
+        read.ok_or(ReadError::Invalid("a read that may wait did not"))
+    }
+
+    /// Like [`Store::read`], if the page cache answers; `None` if the disk would have to.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn try_read(
+        &self,
+        object: ObjectId,
+        chain: &[Layer],
+        first: u16,
+        buf: &mut [u8],
+        crcs: &mut [u32],
+    ) -> Result<Option<ReadOutcome>, ReadError> {
+        self.engine.read(Mode::Cached, object, chain, first, buf, crcs)
     }
 
     /// The states of `range` as seen through `chain` (newest first), as adjacent runs.
@@ -201,7 +219,7 @@ impl Store {
     pub fn list_all(&self, mut each: impl FnMut(SlotId, &[LayerStat])) {
         for slot in table::Table::shard_slots() {
             let mut stats: Vec<_> =
-                self.engine.table.shard(slot).existing().map(layer::LayerState::stat).collect();
+                self.engine.table.shard(slot).existing().map(|(key, l)| l.stat(key)).collect();
             stats.sort_unstable_by_key(|stat| (stat.key.object.slot(), stat.key));
             for slot in stats.chunk_by(|a, b| a.key.object.slot() == b.key.object.slot()) {
                 each(slot[0].key.object.slot(), slot);
@@ -217,8 +235,10 @@ impl Store {
     }
 
     /// A layer's version, states and checksums, without its data.
-    #[must_use]
-    pub fn sums(&self, key: LayerKey) -> Option<LayerSums> {
+    ///
+    /// # Errors
+    /// [`ReadError`] if the layer's checksum table is damaged or cannot be read.
+    pub fn sums(&self, key: LayerKey) -> Result<Option<LayerSums>, ReadError> {
         self.engine.sums(key)
     }
 
@@ -267,6 +287,18 @@ impl Store {
     /// [`WriteError::NoSpace`], [`WriteError::Failed`].
     pub fn delete_volume(&self, volume: VolumeId) -> Result<usize, WriteError> {
         self.engine.delete_volume(volume)
+    }
+
+    /// Merges `lower`, which goes, into the newer layer `upper` of the same object: blocks that
+    /// are absent in `upper` become what `lower` held, so a read through both gives the same as
+    /// before. The version of `upper` stays. False if one of them does not exist. Durable after
+    /// the next flush; blocks are moved by the next checkpoint.
+    ///
+    /// # Errors
+    /// [`WriteError::NoSpace`], [`WriteError::Damaged`], [`WriteError::Failed`],
+    /// [`WriteError::Invalid`] if `lower` is not older than `upper`.
+    pub fn merge(&self, object: ObjectId, upper: Layer, lower: Layer) -> Result<bool, WriteError> {
+        self.engine.merge(object, upper, lower)
     }
 
     /// Space on the disk, as of the last checkpoint where the file system decides.

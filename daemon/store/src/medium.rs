@@ -15,6 +15,10 @@ use rustix::io::Errno;
 pub(crate) trait VFile: Send + Sync {
     /// Fills `buf` from `offset`; `UnexpectedEof` if the file ends before.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
+    /// Like [`VFile::read_at`], if that needs no wait for the disk; false if it does.
+    fn read_cached(&self, buf: &mut [u8], offset: u64) -> io::Result<bool> {
+        self.read_at(buf, offset).map(|()| true)
+    }
     /// Writes all of `parts`, one after the other, from `offset`, extending the file if needed.
     fn write_at(&self, parts: &[&[u8]], offset: u64) -> io::Result<()>;
     /// Makes everything written before durable (`fdatasync`).
@@ -33,6 +37,10 @@ pub(crate) trait Medium: Send + Sync {
     fn open(&self, name: &str, create: bool) -> io::Result<Arc<dyn VFile>>;
     /// Makes created names durable.
     fn sync_names(&self) -> io::Result<()>;
+    /// Makes everything written to all of `files` before durable; they may be done at once.
+    fn sync_all(&self, files: &[&Arc<dyn VFile>]) -> io::Result<()> {
+        files.iter().try_for_each(|file| file.sync())
+    }
     /// Total and available bytes of the file system.
     fn space(&self) -> io::Result<(u64, u64)>;
 }

@@ -1,26 +1,28 @@
 //! Creating a store, and opening one: read the superblock, the index and the checksum tables,
 //! replay the log. Bytes of any kind end in an error, never in a panic.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 
-use sheepdog_types::{BLOCK_SIZE, OBJECT_SIZE, Version};
+use sheepdog_types::{BLOCK_SIZE, LayerKey, OBJECT_SIZE, Version};
 
-use crate::api::{BlockState, Options, StoreIds};
+use crate::api::{BlockRange, BlockState, Options, StoreIds};
 use crate::background::Signals;
-use crate::checkpoint::{Checkpointer, SUMS_BYTES, sums_offset};
+use crate::checkpoint::{Checkpointer, copy_offset, index_offset, sums_offset};
+use crate::damage::Damage;
 use crate::engine::{Engine, Files, install_entries, lock};
 use crate::error::OpenError;
 use crate::format::{
-    FORMAT, Header, IndexRecord, IndexedLayer, Kind, Mark, SECTOR, SUPER_PART, SuperError,
+    FORMAT, Header, IndexRecord, IndexedLayer, Kind, Mark, NO_SLAB, SECTOR, SUPER_PART, SuperError,
     Superblock, crcs_from_bytes, slot_hash,
 };
-use crate::layer::{Base, Content, SlabRef};
-use crate::log::{LogState, Replay, Ring, segment_name};
+use crate::layer::{Base, LayerState, SlabRef};
+use crate::log::{LogState, Record, Replay, Ring, Slabs, segment_name};
 use crate::medium::{Medium, VFile};
-use crate::states::{STATES_BYTES, States};
+use crate::states::{CompactStates, STATES_BYTES, States};
 use crate::table::Table;
 
 pub(crate) const SUPERBLOCK: &str = "superblock";
@@ -65,6 +67,7 @@ pub(crate) fn create(
         index_digest: 0,
         incarnation: 0,
         clean: true,
+        prior_end: 0,
     };
     write_superblock(medium, &superblock, &mark)
         .map_err(OpenError::io("cannot write the superblock"))
@@ -118,8 +121,9 @@ pub(crate) fn open(
     let ring = Ring::new(&superblock, files);
     let files =
         Files { superblock: file, data: part(DATA)?, index: part(INDEX)?, sums: part(SUMS)? };
-    let table = Table::new();
-    let checkpointer = read_index(&files, &table, mark)?;
+    let table = Table::new(options.sums_cache_bytes);
+    let mut log = LogState::new(mark.log_start, mark.log_start, mark.incarnation + 1);
+    let checkpointer = read_index(&files, &table, &mut log.slabs, mark)?;
     let engine = Engine {
         ids: superblock.ids,
         options,
@@ -127,7 +131,8 @@ pub(crate) fn open(
         files,
         ring,
         table,
-        log: Mutex::new(LogState::new(mark.log_start, mark.log_start, mark.incarnation + 1)),
+        damage: Damage::default(),
+        log: Mutex::new(log),
         room: Condvar::new(),
         changed_to: AtomicU64::new(mark.log_start),
         durable: AtomicU64::new(mark.log_start),
@@ -159,10 +164,10 @@ fn read_superblock(file: &dyn VFile) -> Result<Superblock, OpenError> {
     for copy in 0..2 {
         copies.push(Superblock::decode(&read_sector(file, SUPERBLOCK, copy * SUPER_PART)?));
     }
-    if let Some(&Err(SuperError::Newer(found))) =
-        copies.iter().find(|copy| matches!(copy, Err(SuperError::Newer(_))))
+    if let Some(&Err(SuperError::Other(found))) =
+        copies.iter().find(|copy| matches!(copy, Err(SuperError::Other(_))))
     {
-        return Err(OpenError::NewerFormat { found, supported: FORMAT });
+        return Err(OpenError::OtherFormat { found, supported: FORMAT });
     }
     let Some(good) = copies.iter().find_map(|copy| copy.ok()) else {
         return Err(OpenError::corrupt(SUPERBLOCK, "both copies are damaged (offsets 0, 4096)"));
@@ -202,25 +207,64 @@ fn read_mark(file: &dyn VFile) -> Result<Mark, OpenError> {
     Ok(newest)
 }
 
-/// Loads what the checkpoint `mark` committed.
-fn read_index(files: &Files, table: &Table, mark: Mark) -> Result<Checkpointer, OpenError> {
-    const CHUNK_SLABS: u64 = 512;
-    let mut reader = IndexReader {
-        files,
-        table,
-        digest: 0,
-        first_damaged: None,
-        checkpointer: Checkpointer {
+/// Loads what the checkpoint `mark` committed. If the records are not just those, each is looked
+/// for in its copy too.
+fn read_index(
+    files: &Files,
+    table: &Table,
+    slabs: &mut Slabs,
+    mark: Mark,
+) -> Result<Checkpointer, OpenError> {
+    let index_len = files.index.len().map_err(OpenError::io("cannot read index"))?;
+    let sums_len = files.sums.len().map_err(OpenError::io("cannot read sums"))?;
+    let room = (index_len / index_offset(1, 0)).min(sums_len / sums_offset(1, 0));
+    let mut found = Found::default();
+    scan_index(files, index_len, mark, &mut found)?;
+    if found.digest != mark.index_digest {
+        let first = found.damaged.first().copied();
+        found = Found { careful: true, ..Found::default() };
+        scan_index(
+            files,
+            index_len.max(sums_len / sums_offset(1, 0) * index_offset(1, 0)),
             mark,
-            free: Vec::new(),
-            next_slab: 0,
-            leftovers: Vec::new(),
-            blocks: 0,
-            buf: Vec::new(),
-        },
-    };
-    let slab_bytes = 2 * SECTOR as u64;
-    let len = files.index.len().map_err(OpenError::io("cannot read index"))?;
+            &mut found,
+        )?;
+        if found.digest != mark.index_digest {
+            let what = first.map_or_else(
+                || "records are missing or from another time".into(),
+                |slab| format!("a record of slab {slab} is damaged, and so is its copy in sums"),
+            );
+            return Err(OpenError::corrupt(INDEX, what));
+        }
+    }
+    repair_index(files, &found)?;
+    let blocks = found.publish(table, slabs)?;
+    slabs.room = u32::try_from(room).unwrap_or(u32::MAX);
+    Ok(Checkpointer { mark, leftovers: found.leftovers, blocks, buf: Vec::new() })
+}
+
+/// What is in `index`.
+#[derive(Default)]
+struct Found {
+    /// Look at the copies too.
+    careful: bool,
+    digest: u64,
+    /// Slabs with a record that is neither whole nor empty, up to a number.
+    damaged: Vec<u32>,
+    /// Committed records, by slab.
+    layers: Vec<(SlabRef, IndexedLayer)>,
+    free: Vec<SlabRef>,
+    /// Number of slabs ever used.
+    next: u32,
+    leftovers: BTreeSet<(u32, u8)>,
+    /// Records that only their copy has.
+    repairs: Vec<(SlabRef, [u8; SECTOR])>,
+}
+
+fn scan_index(files: &Files, len: u64, mark: Mark, found: &mut Found) -> Result<(), OpenError> {
+    const CHUNK_SLABS: u64 = 512;
+    let slab_bytes = index_offset(1, 0);
+    let held = files.index.len().map_err(OpenError::io("cannot read index"))?;
     // After a power cut the file may end with the first record of a pair.
     let slabs = len.div_ceil(slab_bytes).min(u64::from(u32::MAX));
     let mut buf = Vec::new();
@@ -228,163 +272,151 @@ fn read_index(files: &Files, table: &Table, mark: Mark) -> Result<Checkpointer, 
         let count = CHUNK_SLABS.min(slabs - from);
         buf.clear();
         buf.resize((count * slab_bytes) as usize, 0);
-        let held = (len - from * slab_bytes).min(buf.len() as u64) as usize;
+        let held = held.saturating_sub(from * slab_bytes).min(buf.len() as u64) as usize;
         files
             .index
             .read_at(&mut buf[..held], from * slab_bytes)
             .map_err(OpenError::io("cannot read index"))?;
         for (slab, bytes) in (from as u32..).zip(buf.chunks_exact(2 * SECTOR)) {
-            reader.slab(slab, bytes)?;
+            found.slab(files, slab, bytes, mark.checkpoint)?;
         }
     }
-    if reader.digest != mark.index_digest {
-        let what = reader.first_damaged.map_or_else(
-            || "records are missing or from another time".into(),
-            |slab| format!("a record of slab {slab} is damaged"),
-        );
-        return Err(OpenError::corrupt(INDEX, what));
-    }
-    Ok(reader.checkpointer)
+    Ok(())
 }
 
-struct IndexReader<'a> {
-    files: &'a Files,
-    table: &'a Table,
-    digest: u64,
-    first_damaged: Option<u32>,
-    checkpointer: Checkpointer,
-}
-
-impl IndexReader<'_> {
+impl Found {
     /// Takes up the committed one of a slab's two records, if it has one.
-    fn slab(&mut self, slab: u32, bytes: &[u8]) -> Result<(), OpenError> {
+    fn slab(
+        &mut self,
+        files: &Files,
+        slab: u32,
+        bytes: &[u8],
+        limit: u64,
+    ) -> Result<(), OpenError> {
         let mut committed: Option<(SlabRef, IndexRecord)> = None;
-        let limit = self.checkpointer.mark.checkpoint;
+        let mut repair = None;
         for (slot, bytes) in (0u8..).zip(bytes.chunks_exact(SECTOR)) {
             let Some(bytes) = bytes.first_chunk::<SECTOR>() else { continue };
-            if *bytes == [0; SECTOR] {
+            let copy = if self.careful { read_copy(files, slab, slot)? } else { [0; SECTOR] };
+            if *bytes == [0; SECTOR] && copy == [0; SECTOR] {
                 continue;
             }
-            self.use_slabs_below(slab);
-            match IndexRecord::decode(bytes, slab) {
-                None => self.first_damaged = self.first_damaged.or(Some(slab)),
-                Some(record) if record.checkpoint > limit => {
-                    self.checkpointer.leftovers.push((slab, slot));
-                }
-                Some(record) => {
-                    let newer = committed
-                        .as_ref()
-                        .is_none_or(|(_, known)| known.checkpoint < record.checkpoint);
-                    if newer {
-                        let hash = slot_hash(bytes);
-                        committed = Some((SlabRef { slab, slot, hash }, record));
-                    }
-                }
+            self.next = self.next.max(slab + 1);
+            let own = IndexRecord::decode(bytes, slab);
+            if own.is_none() && *bytes != [0; SECTOR] && self.damaged.len() < 16 {
+                self.damaged.push(slab);
+            }
+            let copied = IndexRecord::decode(&copy, slab).filter(|record| {
+                own.as_ref().is_none_or(|own| {
+                    own.checkpoint > limit
+                        || (own.checkpoint < record.checkpoint && record.checkpoint <= limit)
+                })
+            });
+            let (record, from, is_copy) = match (copied, own) {
+                (Some(record), _) => (record, &copy, true),
+                (None, Some(record)) => (record, bytes, false),
+                (None, None) => continue,
+            };
+            if record.checkpoint > limit {
+                self.leftovers.insert((slab, slot));
+            } else if committed.as_ref().is_none_or(|(_, c)| c.checkpoint < record.checkpoint) {
+                let place = SlabRef { slab, slot, hash: slot_hash(from) };
+                repair = is_copy.then_some((place, *from));
+                committed = Some((place, record));
             }
         }
-        let Some((place, record)) = committed else {
-            if self.checkpointer.next_slab == slab + 1 {
-                self.checkpointer.free.push(SlabRef { slab, slot: 1, hash: 0 });
-            }
-            return Ok(());
-        };
+        self.repairs.extend(repair);
+        let Some((place, record)) = committed else { return Ok(()) };
         self.digest = self.digest.wrapping_add(place.hash);
         match record.layer {
-            Some(layer) => self.layer(place, layer),
-            None => {
-                self.checkpointer.free.push(place);
-                Ok(())
-            }
-        }
-    }
-
-    /// Slabs that were skipped on the way to `slab` were never used.
-    fn use_slabs_below(&mut self, slab: u32) {
-        let next = &mut self.checkpointer.next_slab;
-        let skipped = (*next..slab).map(|slab| SlabRef { slab, slot: 1, hash: 0 });
-        self.checkpointer.free.extend(skipped);
-        *next = (*next).max(slab + 1);
-    }
-
-    fn layer(&mut self, place: SlabRef, layer: IndexedLayer) -> Result<(), OpenError> {
-        let damaged =
-            |what: &str| OpenError::corrupt(INDEX, format!("slab {}: {what}", place.slab));
-        if layer.version == Version::NONE {
-            return Err(damaged("a layer without a version"));
-        }
-        let crcs = self.sums(place, &layer)?;
-        let mut shard = self.table.shard_of(layer.key.object);
-        let state = shard.get_or_insert(layer.key);
-        if state.base.is_some() {
-            return Err(damaged("its layer has another slab too"));
-        }
-        state.version = layer.version;
-        state.data_blocks = layer.states.data_blocks();
-        state.zero_blocks = layer.states.zero_blocks();
-        let content = Content { states: Box::new(layer.states), crcs };
-        state.base = Some(Base { slab: place, content });
-        self.checkpointer.blocks += u64::from(state.data_blocks);
-        self.table.count(layer.key, (Version::NONE, 0), (layer.version, state.data_blocks));
-        Ok(())
-    }
-
-    fn sums(
-        &self,
-        place: SlabRef,
-        layer: &IndexedLayer,
-    ) -> Result<Box<[u32; SUMS_BYTES / 4]>, OpenError> {
-        let mut bytes = [0; SUMS_BYTES];
-        let read = self.files.sums.read_at(&mut bytes, sums_offset(place.slab, place.slot));
-        let whole = match read {
-            Ok(()) => crc32c::crc32c(&bytes) == layer.sums_crc,
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => false,
-            Err(error) => return Err(OpenError::io("cannot read sums")(error)),
-        };
-        let mut crcs = Box::new([0; SUMS_BYTES / 4]);
-        for (crc, value) in crcs.iter_mut().zip(crcs_from_bytes(&bytes)) {
-            *crc = value;
-        }
-        if !whole {
-            tracing::error!(layer = %layer.key, slab = place.slab,
-                "sums: the checksum table is damaged: the layer's blocks are treated as damaged");
-            self.distrust(place, &layer.states, &mut crcs)?;
-        }
-        Ok(crcs)
-    }
-
-    /// Makes sure that no block of a slab whose checksums are lost matches its checksum, so that
-    /// each read reports it and a replica repairs it.
-    fn distrust(
-        &self,
-        place: SlabRef,
-        states: &States,
-        crcs: &mut [u32; SUMS_BYTES / 4],
-    ) -> Result<(), OpenError> {
-        let mut block_bytes = vec![0; BLOCK_SIZE];
-        for block in states.blocks(BlockState::Data) {
-            match self.files.data.read_at(&mut block_bytes, place.offset(block)) {
-                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => block_bytes.fill(0),
-                other => other.map_err(OpenError::io("cannot read data"))?,
-            }
-            crcs[usize::from(block)] = !crc32c::crc32c(&block_bytes);
+            Some(layer) => self.layers.push((place, layer)),
+            None => self.free.push(place),
         }
         Ok(())
     }
+
+    /// Brings the layers and free slabs into memory; gives the number of data blocks.
+    fn publish(&mut self, table: &Table, slabs: &mut Slabs) -> Result<u64, OpenError> {
+        let mut blocks = 0;
+        // Slabs that are skipped in the order of the used ones were never used.
+        let mut next = 0;
+        let used = self.layers.iter().map(|(place, _)| *place).chain(self.free.iter().copied());
+        let mut used: Vec<_> = used.map(|place| place.slab).collect();
+        used.sort_unstable();
+        for slab in used {
+            (next..slab).for_each(|slab| slabs.give(SlabRef::unused(slab)));
+            next = slab + 1;
+        }
+        (next..self.next).for_each(|slab| slabs.give(SlabRef::unused(slab)));
+        slabs.next = self.next;
+        self.free.drain(..).for_each(|slab| slabs.give(slab));
+        for (place, layer) in self.layers.drain(..) {
+            blocks += u64::from(publish_layer(table, place, layer)?);
+        }
+        Ok(blocks)
+    }
+}
+
+fn publish_layer(table: &Table, place: SlabRef, layer: IndexedLayer) -> Result<u16, OpenError> {
+    let damaged = |what: &str| OpenError::corrupt(INDEX, format!("slab {}: {what}", place.slab));
+    if layer.version == Version::NONE {
+        return Err(damaged("a layer without a version"));
+    }
+    let mut shard = table.shard_of(layer.key.object);
+    let state = shard.get_or_insert(layer.key);
+    if state.base.is_some() {
+        return Err(damaged("its layer has another slab too"));
+    }
+    state.version = layer.version;
+    state.data_blocks = layer.states.data_blocks();
+    state.zero_blocks = layer.states.zero_blocks();
+    let states = CompactStates::new(layer.states);
+    state.base = Some(Base { slab: place, sums_crc: layer.sums_crc, states });
+    table.count(layer.key, (Version::NONE, 0), (layer.version, state.data_blocks));
+    Ok(state.data_blocks)
+}
+
+fn read_copy(files: &Files, slab: u32, slot: u8) -> Result<[u8; SECTOR], OpenError> {
+    let mut copy = [0; SECTOR];
+    match files.sums.read_at(&mut copy, copy_offset(slab, slot)) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok([0; SECTOR]),
+        other => other.map(|()| copy).map_err(OpenError::io("cannot read sums")),
+    }
+}
+
+/// Writes records that only their copies in `sums` have where they belong.
+fn repair_index(files: &Files, found: &Found) -> Result<(), OpenError> {
+    for (place, bytes) in &found.repairs {
+        tracing::warn!(slab = place.slab, "index: a damaged record was repaired from its copy");
+        files
+            .index
+            .write_at(&[bytes], index_offset(place.slab, place.slot))
+            .map_err(OpenError::io("cannot repair index"))?;
+    }
+    if found.repairs.is_empty() {
+        return Ok(());
+    }
+    files.index.sync().map_err(OpenError::io("cannot repair index"))
 }
 
 impl Engine {
     /// Brings the store from its last checkpoint to the end of its log, and makes that durable.
     fn recover(&self, mark: Mark) -> Result<(), OpenError> {
-        let end = if mark.clean { mark.log_start } else { self.replay(mark)? };
+        let end = if mark.clean { mark.log_start } else { self.replay(&mark)? };
         let io = |what: &'static str| OpenError::io(what);
         if end > mark.log_start {
-            // After a mere crash of the process the log may be in the page cache only.
-            self.ring.sync(mark.log_start, end).map_err(io("cannot sync the log"))?;
+            // After a mere crash of the process all this may be in the page cache only.
+            let mut files = self.ring.files_of(mark.log_start, end);
+            files.push(&self.files.data);
+            self.medium.sync_all(&files).map_err(io("cannot sync the log"))?;
         }
         self.durable.store(end, SeqCst);
-        lock(&self.log).end = end;
-        if lock(&self.log).dirty.is_empty() {
-            self.applied_to.store(end, SeqCst);
+        {
+            let mut log = lock(&self.log);
+            (log.end, log.noted) = (end, (end, log.proven));
+            if log.dirty.is_empty() {
+                self.applied_to.store(end, SeqCst);
+            }
         }
         self.changed_to.store(end, SeqCst);
         let mut checkpointer = lock(&self.checkpointer);
@@ -392,100 +424,196 @@ impl Engine {
             sequence: mark.sequence + 1,
             incarnation: mark.incarnation + 1,
             clean: false,
+            prior_end: end,
             ..mark
         };
         self.write_mark(&mut checkpointer, next).map_err(io("cannot write the mark"))?;
         if !mark.clean {
-            self.punch_free(&checkpointer).map_err(io("cannot release free slabs"))?;
+            self.punch_free().map_err(io("cannot release free slabs"))?;
         }
         self.update_limit(checkpointer.blocks);
         Ok(())
     }
 
-    /// An interrupted checkpoint may have written to slabs that are free.
-    fn punch_free(&self, checkpointer: &Checkpointer) -> io::Result<()> {
+    /// An interrupted checkpoint or write may have written to slabs that are free.
+    fn punch_free(&self) -> io::Result<()> {
         let end = self.files.data.len()?;
-        for slab in &checkpointer.free {
+        let log = lock(&self.log);
+        for slab in log.slabs.free() {
             if slab.offset(0) < end {
                 self.files.data.punch(slab.offset(0), OBJECT_SIZE)?;
             }
         }
-        let unused = u64::from(checkpointer.next_slab) * OBJECT_SIZE;
+        let unused = u64::from(log.slabs.next) * OBJECT_SIZE;
         if unused < end { self.files.data.punch(unused, end - unused) } else { Ok(()) }
     }
 
     /// Applies the records of the log to the layers in memory. Gives the end of the log.
-    fn replay(&self, mark: Mark) -> Result<u64, OpenError> {
-        let mut log = lock(&self.log);
-        let mut replay = Replay::new(&self.ring, mark.log_start, mark.incarnation);
+    fn replay(&self, mark: &Mark) -> Result<u64, OpenError> {
         let io = || OpenError::io("cannot read the log");
+        let proof = Replay::new(&self.ring, mark).find_proof().map_err(io())?;
+        if proof.end < proof.durable {
+            let what = format!(
+                "is damaged, though the one at LSN {} shows that it was durable",
+                proof.said_at
+            );
+            return Err(self.damaged_record(proof.end, &what));
+        }
+        let mut log = lock(&self.log);
+        log.proven = proof.durable;
+        let mut replay = Replay::new(&self.ring, mark);
         let mut records = 0u64;
-        while let Some(record) = replay.next().map_err(io())? {
+        let mut end = replay.position;
+        while let Some(record) = replay.next(true).map_err(io())? {
+            if !self.is_whole(&record, proof.durable).map_err(OpenError::io("cannot read data"))? {
+                break;
+            }
             records += 1;
-            self.replay_record(&mut log, &record.header, record.tables)?;
+            end = record.header.lsn + record.header.record_len();
+            self.replay_record(&mut log, &record)?;
         }
-        if let Some(proof) = replay.find_proof_of_loss().map_err(io())? {
-            let at = replay.position;
-            return Err(OpenError::corrupt(
-                self.ring.name(at),
-                format!(
-                    "the record at offset {} (LSN {at}) is damaged, though the one at LSN {proof} \
-                     shows that it was durable",
-                    self.ring.offset(at)
-                ),
-            ));
-        }
-        tracing::info!(disk = %self.ids.disk, records, bytes = replay.position - mark.log_start,
-            "the log was replayed");
-        Ok(replay.position)
+        let bytes = end - mark.log_start;
+        tracing::info!(disk = %self.ids.disk, records, bytes, "the log was replayed");
+        Ok(end)
     }
 
-    fn replay_record(
-        &self,
-        log: &mut LogState,
-        header: &Header,
-        tables: &[u8],
-    ) -> Result<(), OpenError> {
+    /// Whether a record and the bytes it stands for reached the medium. If it was durable once,
+    /// damaged bytes are bit rot: the record counts, and whoever reads those blocks is told.
+    fn is_whole(&self, record: &Record<'_>, durable: u64) -> io::Result<bool> {
+        let header = &record.header;
+        if header.lsn < durable {
+            if !record.is_intact() {
+                tracing::error!(disk = %self.ids.disk, layer = %header.key,
+                    file = self.ring.name(header.lsn), offset = self.ring.offset(header.lsn),
+                    "the log holds damaged blocks");
+            }
+            return Ok(true);
+        }
+        if !header.is_direct() {
+            return Ok(record.is_intact());
+        }
+        let slab = SlabRef::unused(header.slab);
+        let mut crcs = record.crcs();
+        let runs: Vec<_> = match (header.kind, install_states(header, record.tables)) {
+            (Kind::Install, Some((states, _))) => states.runs(BlockState::Data).collect(),
+            (Kind::Data, _) => {
+                BlockRange::new(header.first, header.count as usize).into_iter().collect()
+            }
+            _ => return Ok(true),
+        };
+        let mut buf = Vec::new();
+        for run in runs {
+            buf.resize(run.bytes(), 0);
+            match self.files.data.read_at(&mut buf, slab.offset(run.first())) {
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
+                other => other?,
+            }
+            if !buf.chunks_exact(BLOCK_SIZE).all(|b| Some(crc32c::crc32c(b)) == crcs.next()) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn damaged_record(&self, lsn: u64, what: &str) -> OpenError {
+        let at = self.ring.offset(lsn);
+        let what = format!("the record at offset {at} (LSN {lsn}) {what}");
+        OpenError::corrupt(self.ring.name(lsn), what)
+    }
+
+    fn replay_record(&self, log: &mut LogState, record: &Record<'_>) -> Result<(), OpenError> {
+        let Record { header, tables, .. } = record;
         let key = header.key;
         let follows = match header.kind {
             Kind::Synced | Kind::DeleteVolume | Kind::End => true,
             Kind::Delete => self.version_is(header),
             _ => self.version_is(header) && header.version != Version::NONE,
         };
-        let damaged = |what: &str| {
-            let at = self.ring.offset(header.lsn);
-            let what = format!("the record at offset {at} (LSN {}) {what}", header.lsn);
-            Err(OpenError::corrupt(self.ring.name(header.lsn), what))
-        };
+        let damaged = |what: &str| Err(self.damaged_record(header.lsn, what));
         if !follows {
             return damaged(&format!("does not follow the version of {key}"));
         }
         match header.kind {
-            Kind::Data => self.apply_write(log, header, crcs_from_bytes(tables)),
-            Kind::Clear => self.apply_write(log, header, std::iter::empty()),
-            Kind::Install => {
-                let Some((states, crcs)) = tables.split_first_chunk::<STATES_BYTES>() else {
-                    return damaged("has no block states");
+            Kind::Data | Kind::Clear => {
+                let Some(slab) = self.replay_slab(log, header, true)? else {
+                    return damaged("names a slab that is in use");
                 };
-                let states = States::from_bytes(*states)
-                    .filter(|states| u32::from(states.data_blocks()) == header.count);
-                let Some(states) = states else { return damaged("has wrong block states") };
-                let entries = install_entries(header, &states, crcs_from_bytes(crcs));
-                self.apply_replace(log, key, header.version, entries);
+                self.apply_write(log, header, slab, record.crcs());
             }
-            Kind::Delete => self.apply_replace(log, key, Version::NONE, Vec::new()),
+            Kind::Install => {
+                let Some((states, crcs)) = install_states(header, tables) else {
+                    return damaged("has wrong block states");
+                };
+                let Some(slab) = self.replay_slab(log, header, false)? else {
+                    return damaged("names a slab that is in use");
+                };
+                let entries = install_entries(slab, &states, crcs_from_bytes(crcs));
+                self.apply_replace(log, key, (header.version, Some(slab)), false, entries);
+            }
+            Kind::Delete => {
+                self.apply_replace(log, key, (Version::NONE, None), false, Vec::new());
+            }
             Kind::DeleteVolume => {
-                for key in self.table.keys_of(key.object.volume) {
-                    self.apply_replace(log, key, Version::NONE, Vec::new());
+                self.apply_delete_volume(log, key.object.volume);
+            }
+            Kind::Merge => {
+                let lower = LayerKey { object: key.object, layer: header.lower };
+                if lower.layer >= key.layer
+                    || self.table.shard_of(key.object).version(lower) != header.version
+                {
+                    return damaged(&format!("does not follow the version of {lower}"));
                 }
+                let base = self
+                    .table
+                    .shard_of(key.object)
+                    .get(lower)
+                    .and_then(|layer| layer.visible_base().cloned());
+                let sums = base.map(|base| self.sums_or_distrust(lower, &base)).transpose();
+                let sums = sums.map_err(OpenError::io("cannot read sums"))?;
+                let moved = self.merge_entries(key, lower, sums.as_deref());
+                self.apply_merge(log, key, lower, &moved);
             }
             Kind::Synced | Kind::End => {}
         }
+        if header.is_direct() {
+            log.direct_to = header.lsn + header.record_len();
+        }
         Ok(())
+    }
+
+    /// The slab that a record names: that of its layer, or for a new content a free one.
+    fn replay_slab(
+        &self,
+        log: &mut LogState,
+        header: &Header,
+        keep: bool,
+    ) -> Result<Option<SlabRef>, OpenError> {
+        let shard = self.table.shard_of(header.key.object);
+        let has = shard.get(header.key).and_then(LayerState::slab).filter(|_| keep);
+        drop(shard);
+        if let Some(slab) = has {
+            return Ok((slab.slab == header.slab).then_some(slab));
+        }
+        // The tables were extended for it, but a file's length may be lost with its last blocks.
+        if header.slab >= log.slabs.room {
+            if header.slab == NO_SLAB {
+                return Ok(None);
+            }
+            self.grow(log, header.slab + 1).map_err(OpenError::io("cannot extend the tables"))?;
+        }
+        Ok(log.slabs.take_this(header.slab))
     }
 
     fn version_is(&self, header: &Header) -> bool {
         let shard = self.table.shard_of(header.key.object);
         shard.version(header.key) == header.prev
     }
+}
+
+/// The block states and the bytes of the checksums of an install record; `None` if they make no
+/// sense.
+fn install_states<'a>(header: &Header, tables: &'a [u8]) -> Option<(States, &'a [u8])> {
+    let (states, crcs) = tables.split_first_chunk::<STATES_BYTES>()?;
+    let states = States::from_bytes(*states)?;
+    (u32::from(states.data_blocks()) == header.count).then_some((states, crcs))
 }

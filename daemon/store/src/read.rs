@@ -2,18 +2,42 @@
 //!
 //! Between the two steps a checkpoint may have moved a block from the log to its slab and the old
 //! place may have been written again. Such a read fails its checksum, or its place cannot be read;
-//! then both steps are done once more under the lock, where no block can move.
+//! then all is done once more under the lock, where no block can move. The same goes for the
+//! checksum table of a layer, which is read from `sums` if it is not kept in memory.
 
 use std::io;
+use std::sync::Arc;
 
 use sheepdog_types::{BLOCK_SIZE, Layer, LayerKey, ObjectId};
 
 use crate::api::{BlockRange, BlockRun, BlockState, LayerImage, LayerStat, LayerSums, ReadOutcome};
+use crate::checkpoint::{SUMS_BYTES, sums_offset};
 use crate::engine::Engine;
 use crate::error::ReadError;
-use crate::format::ZERO_CRC;
-use crate::layer::{LayerState, Located, Place};
-use crate::table::Shard;
+use crate::format::{ZERO_CRC, crcs_from_bytes};
+use crate::layer::{Base, LayerState, Located, Place, SlabRef};
+use crate::table::{Shard, Sums};
+
+/// Whether a read may wait for the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    Wait,
+    /// Only what the page cache holds.
+    Cached,
+}
+
+/// A checksum table that a plan needs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Wanted {
+    key: LayerKey,
+    /// The first block that is wanted by it.
+    block: u16,
+    pub(crate) slab: SlabRef,
+    sums_crc: u32,
+}
+
+/// Checksum tables read for one operation; so it does not depend on what is kept.
+type Loaded = Vec<(SlabRef, Arc<Sums>)>;
 
 /// Adjacent blocks that lie adjacent in one place.
 struct Piece {
@@ -40,16 +64,17 @@ impl Piece {
     }
 }
 
+/// Where to read from, and what has to come out.
 #[derive(Default)]
-struct Plan {
+pub(crate) struct Plan {
     pieces: Vec<Piece>,
-    blocks: usize,
+    crcs: Vec<u32>,
 }
 
 impl Plan {
-    fn push(&mut self, key: LayerKey, block: u16, place: Option<Place>) {
-        let at = self.blocks;
-        self.blocks += 1;
+    fn push(&mut self, key: LayerKey, block: u16, crc: u32, place: Option<Place>) {
+        let at = self.crcs.len();
+        self.crcs.push(crc);
         match self.pieces.last_mut() {
             Some(last) if last.continues_with(key, block, place) => last.count += 1,
             _ => self.pieces.push(Piece { key, block, at, count: 1, place }),
@@ -57,85 +82,254 @@ impl Plan {
     }
 }
 
-/// The first layer of the chain that says something of `block`.
-fn resolve(layers: &[&LayerState], block: u16) -> Option<(LayerKey, Located)> {
-    layers
-        .iter()
-        .map(|layer| (layer.key, layer.locate(block)))
-        .find(|(_, located)| *located != Located::Absent)
+/// A layer of a chain, with its checksum table once it was needed.
+struct Link<'a> {
+    key: LayerKey,
+    layer: &'a LayerState,
+    sums: Option<Arc<Sums>>,
 }
 
-fn chain_of<'a>(shard: &'a Shard, object: ObjectId, chain: &[Layer]) -> Vec<&'a LayerState> {
-    let layers = shard.layers(object);
-    chain.iter().filter_map(|layer| layers.iter().find(|state| state.key.layer == *layer)).collect()
+impl Link<'_> {
+    /// The checksum of a block in the slab.
+    fn crc(&mut self, shard: &Shard, loaded: &Loaded, block: u16) -> Result<u32, Wanted> {
+        if self.sums.is_none() {
+            let Some(wanted) = self.layer.wanted_for(self.key, block) else { return Ok(0) };
+            let known = loaded.iter().find(|(slab, _)| *slab == wanted.slab);
+            let known = known.map(|(_, sums)| Arc::clone(sums));
+            self.sums = known.or_else(|| shard.sums(wanted.slab));
+            if self.sums.is_none() {
+                return Err(wanted);
+            }
+        }
+        Ok(self.sums.as_ref().map_or(0, |sums| sums[usize::from(block)]))
+    }
+}
+
+impl LayerState {
+    fn wanted_for(&self, key: LayerKey, block: u16) -> Option<Wanted> {
+        let base = self.visible_base()?;
+        Some(Wanted { key, block, slab: base.slab, sums_crc: base.sums_crc })
+    }
+
+    /// The checksum table that belongs to what is committed and visible of the layer.
+    pub(crate) fn wanted(&self, key: LayerKey) -> Option<Wanted> {
+        self.wanted_for(key, 0)
+    }
+}
+
+fn chain_of<'a>(shard: &'a Shard, object: ObjectId, chain: &[Layer]) -> Vec<Link<'a>> {
+    let link = |layer: &Layer| {
+        let key = LayerKey { object, layer: *layer };
+        shard.get(key).map(|layer| Link { key, layer, sums: None })
+    };
+    chain.iter().filter_map(link).collect()
+}
+
+/// The first layer of the chain that says something of `block`.
+fn resolve(links: &[Link<'_>], block: u16) -> Option<(usize, Located)> {
+    let located = links.iter().enumerate().map(|(at, link)| (at, link.layer.locate(block)));
+    located.into_iter().find(|(_, located)| *located != Located::Absent)
 }
 
 impl Engine {
-    /// See [`crate::Store::read`].
+    /// See [`crate::Store::read`] and [`crate::Store::try_read`]; `None` if it would have to wait.
     pub(crate) fn read(
         &self,
+        mode: Mode,
         object: ObjectId,
         chain: &[Layer],
         first: u16,
         buf: &mut [u8],
         crcs: &mut [u32],
-    ) -> Result<ReadOutcome, ReadError> {
+    ) -> Result<Option<ReadOutcome>, ReadError> {
         let range =
             BlockRange::new(first, crcs.len()).filter(|range| range.bytes() == buf.len()).ok_or(
                 ReadError::Invalid("no blocks, blocks past the object, or sizes that differ"),
             )?;
         let newest = *chain.first().ok_or(ReadError::Invalid("no layers to read from"))?;
-        let plan = |shard: &Shard, crcs: &mut [u32]| {
-            let layers = chain_of(shard, object, chain);
-            let mut plan = Plan::default();
-            let mut outcome = ReadOutcome {
-                version: shard.version(LayerKey { object, layer: newest }),
-                absent: 0,
-            };
-            for (block, crc) in (range.first()..range.end()).zip(crcs) {
-                let found = resolve(&layers, block);
-                outcome.absent += u16::from(found.is_none());
-                (*crc, _) = plan.add(found, object, newest, block);
-            }
-            (plan, outcome)
-        };
-        let shard = self.table.shard_of(object);
-        let (pieces, outcome) = plan(&shard, crcs);
-        drop(shard);
-        if self.read_pieces(&pieces, buf, crcs).is_ok() {
-            return Ok(outcome);
-        }
-        let shard = self.table.shard_of(object);
-        let (pieces, outcome) = plan(&shard, crcs);
-        self.read_pieces(&pieces, buf, crcs).map(|()| outcome)
+        let newest = LayerKey { object, layer: newest };
+        self.fetch(
+            mode,
+            object,
+            |shard, loaded| plan_read(shard, loaded, newest, chain, range),
+            |plan, outcome| {
+                if !self.read_pieces(mode, plan, buf)? {
+                    return Ok(None);
+                }
+                crcs.copy_from_slice(&plan.crcs);
+                Ok(Some(outcome))
+            },
+        )
     }
 
-    fn read_pieces(&self, plan: &Plan, buf: &mut [u8], crcs: &[u32]) -> Result<(), ReadError> {
+    /// Plans and carries out a read; again, under the lock, if something moved between the two.
+    fn fetch<T, R>(
+        &self,
+        mode: Mode,
+        object: ObjectId,
+        plan: impl Fn(&Shard, &Loaded) -> Result<(Plan, T), Wanted>,
+        mut carry_out: impl FnMut(&Plan, T) -> Result<Option<R>, ReadError>,
+    ) -> Result<Option<R>, ReadError> {
+        let mut loaded = Loaded::new();
+        loop {
+            let planned = plan(&self.table.shard_of(object), &loaded);
+            let result = match planned {
+                Ok((plan, value)) => carry_out(&plan, value),
+                Err(wanted) => match self.load_for(mode, &wanted, &mut loaded) {
+                    Ok(true) => continue,
+                    Ok(false) => return Ok(None),
+                    Err(error) => Err(error),
+                },
+            };
+            match result {
+                Ok(done) => return Ok(done),
+                Err(_) => break,
+            }
+        }
+        let shard = self.table.shard_of(object);
+        let result = loop {
+            match plan(&shard, &loaded) {
+                Ok((plan, value)) => break carry_out(&plan, value),
+                Err(wanted) => match self.load_sums(&wanted) {
+                    Ok(sums) => loaded.push((wanted.slab, sums)),
+                    Err(error) => break Err(error),
+                },
+            }
+        };
+        drop(shard);
+        if let Err(ReadError::Checksum { key, block } | ReadError::Io { key, block, .. }) = &result
+        {
+            self.damage.report(*key, *block);
+        }
+        result
+    }
+
+    /// Reads a checksum table and keeps it; false if that would have to wait.
+    fn load_for(
+        &self,
+        mode: Mode,
+        wanted: &Wanted,
+        loaded: &mut Loaded,
+    ) -> Result<bool, ReadError> {
+        if mode == Mode::Cached {
+            let mut bytes = [0; SUMS_BYTES];
+            let at = sums_offset(wanted.slab.slab, wanted.slab.slot);
+            if !matches!(self.files.sums.read_cached(&mut bytes, at), Ok(true)) {
+                return Ok(false);
+            }
+        }
+        let sums = self.load_sums(wanted)?;
+        self.table.keep_sums(wanted.key.object, wanted.slab, &sums);
+        loaded.push((wanted.slab, sums));
+        Ok(true)
+    }
+
+    /// Reads a checksum table from `sums`.
+    pub(crate) fn load_sums(&self, wanted: &Wanted) -> Result<Arc<Sums>, ReadError> {
+        let Wanted { key, block, slab, sums_crc } = *wanted;
+        let mut bytes = [0; SUMS_BYTES];
+        match self.files.sums.read_at(&mut bytes, sums_offset(slab.slab, slab.slot)) {
+            Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => {
+                return Err(ReadError::Io { key, block, source: error });
+            }
+            Ok(()) if crc32c::crc32c(&bytes) == sums_crc => {}
+            _ => return Err(ReadError::Checksum { key, block }),
+        }
+        let mut sums = Arc::new([0; SUMS_BYTES / 4]);
+        for (crc, value) in Arc::make_mut(&mut sums).iter_mut().zip(crcs_from_bytes(&bytes)) {
+            *crc = value;
+        }
+        Ok(sums)
+    }
+
+    /// Whether what a table was read for still is as it was.
+    pub(crate) fn base_is(&self, wanted: &Wanted) -> bool {
+        let shard = self.table.shard_of(wanted.key.object);
+        let base = shard.get(wanted.key).and_then(LayerState::visible_base);
+        base.is_some_and(|base| base.slab == wanted.slab)
+    }
+
+    /// The checksums of what is committed of a layer. If the table is damaged, checksums that match
+    /// none of its blocks, so that each read reports them and a replica repairs them.
+    pub(crate) fn sums_or_distrust(&self, key: LayerKey, base: &Base) -> io::Result<Arc<Sums>> {
+        let wanted = Wanted { key, block: 0, slab: base.slab, sums_crc: base.sums_crc };
+        match self.load_sums(&wanted) {
+            Ok(sums) => return Ok(sums),
+            Err(ReadError::Io { source, .. }) => return Err(source),
+            Err(_) => {}
+        }
+        tracing::error!(disk = %self.ids.disk, layer = %key, slab = base.slab.slab,
+            "sums: the checksum table is damaged: the layer's blocks are treated as damaged");
+        let mut sums = Arc::new([0; SUMS_BYTES / 4]);
+        let crcs = Arc::make_mut(&mut sums);
+        let mut bytes = vec![0; BLOCK_SIZE];
+        for block in base.states.expand().blocks(BlockState::Data) {
+            match self.files.data.read_at(&mut bytes, base.slab.offset(block)) {
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => bytes.fill(0),
+                // What cannot be read is as good as damaged.
+                Err(_) => continue,
+                Ok(()) => {}
+            }
+            crcs[usize::from(block)] = !crc32c::crc32c(&bytes);
+            self.damage.report(key, block);
+        }
+        Ok(sums)
+    }
+
+    /// False if it would have to wait.
+    fn read_pieces(&self, mode: Mode, plan: &Plan, buf: &mut [u8]) -> Result<bool, ReadError> {
         for piece in &plan.pieces {
             let out = &mut buf[piece.at * BLOCK_SIZE..][..piece.count * BLOCK_SIZE];
             let Some(place) = piece.place else {
                 out.fill(0);
                 continue;
             };
-            self.read_place(place, out).map_err(|source| ReadError::Io {
-                key: piece.key,
-                block: piece.block,
-                source,
-            })?;
-            let crcs = &crcs[piece.at..][..piece.count];
+            match mode {
+                Mode::Cached if !self.read_cached(place, out) => return Ok(false),
+                Mode::Cached => {}
+                Mode::Wait => self.read_piece(piece, place, out)?,
+            }
+            let crcs = &plan.crcs[piece.at..][..piece.count];
             if let Some(bad) = crate::check::first_mismatch(out, crcs) {
                 let block = piece.block + bad as u16;
                 return Err(ReadError::Checksum { key: piece.key, block });
             }
         }
-        Ok(())
+        Ok(true)
     }
 
-    fn read_place(&self, place: Place, out: &mut [u8]) -> io::Result<()> {
+    fn read_piece(&self, piece: &Piece, place: Place, out: &mut [u8]) -> Result<(), ReadError> {
+        let Err(mut source) = self.read_place(place, out) else { return Ok(()) };
+        let mut bad = piece.block;
+        // Name the block that cannot be read, not the run it is in.
+        for (block, out) in (piece.block..).zip(out.chunks_exact_mut(BLOCK_SIZE)) {
+            let at = u64::from(block - piece.block) * BLOCK_SIZE as u64;
+            let place = match place {
+                Place::Log(lsn) => Place::Log(lsn + at),
+                Place::Slab(offset) => Place::Slab(offset + at),
+            };
+            if let Err(error) = self.read_place(place, out) {
+                (bad, source) = (block, error);
+                break;
+            }
+        }
+        Err(ReadError::Io { key: piece.key, block: bad, source })
+    }
+
+    pub(crate) fn read_place(&self, place: Place, out: &mut [u8]) -> io::Result<()> {
         match place {
             Place::Log(lsn) => self.ring.read(out, lsn),
             Place::Slab(offset) => self.files.data.read_at(out, offset),
         }
+    }
+
+    fn read_cached(&self, place: Place, out: &mut [u8]) -> bool {
+        let read = match place {
+            Place::Log(lsn) => self.ring.read_cached(out, lsn),
+            Place::Slab(offset) => self.files.data.read_cached(out, offset),
+        };
+        // What cannot be read at all is found out by whoever waits for it.
+        matches!(read, Ok(true))
     }
 
     /// See [`crate::Store::block_states`].
@@ -146,87 +340,108 @@ impl Engine {
         range: BlockRange,
     ) -> Vec<BlockRun> {
         let shard = self.table.shard_of(object);
-        let layers = chain_of(&shard, object, chain);
+        let links = chain_of(&shard, object, chain);
         runs(range, |block| {
-            resolve(&layers, block).map_or(BlockState::Absent, |(_, located)| located.state())
+            resolve(&links, block).map_or(BlockState::Absent, |(_, located)| located.state())
         })
     }
 
     /// See [`crate::Store::stat`].
     pub(crate) fn stat(&self, key: LayerKey) -> Option<LayerStat> {
         let shard = self.table.shard_of(key.object);
-        shard.get(key).filter(|layer| layer.exists()).map(LayerState::stat)
+        shard.get(key).filter(|layer| layer.exists()).map(|layer| layer.stat(key))
     }
 
     /// See [`crate::Store::stat_object`].
     pub(crate) fn stat_object(&self, object: ObjectId) -> Vec<LayerStat> {
         let shard = self.table.shard_of(object);
-        let layers = shard.layers(object).iter();
-        layers.filter(|layer| layer.exists()).map(LayerState::stat).collect()
+        let layers = shard.layers(object).filter(|(_, layer)| layer.exists());
+        layers.map(|(key, layer)| layer.stat(key)).collect()
     }
 
     /// See [`crate::Store::sums`].
-    pub(crate) fn sums(&self, key: LayerKey) -> Option<LayerSums> {
-        let shard = self.table.shard_of(key.object);
-        Some(plan_image(shard.get(key).filter(|layer| layer.exists())?).0)
+    pub(crate) fn sums(&self, key: LayerKey) -> Result<Option<LayerSums>, ReadError> {
+        self.fetch_layer(key, |_, sums| Ok(Some(sums)))
     }
 
     /// See [`crate::Store::image`].
     pub(crate) fn image(&self, key: LayerKey) -> Result<Option<LayerImage>, ReadError> {
-        let plan = |shard: &Shard| {
-            let layer = shard.get(key).filter(|layer| layer.exists());
-            layer.map(plan_image)
-        };
-        let planned = plan(&self.table.shard_of(key.object));
-        let Some((sums, pieces)) = planned else { return Ok(None) };
-        let mut data = vec![0; pieces.blocks * BLOCK_SIZE];
-        if self.read_pieces(&pieces, &mut data, &sums.crcs).is_ok() {
-            return Ok(Some(LayerImage { sums, data }));
-        }
-        let shard = self.table.shard_of(key.object);
-        let Some((sums, pieces)) = plan(&shard) else { return Ok(None) };
-        data.resize(pieces.blocks * BLOCK_SIZE, 0);
-        self.read_pieces(&pieces, &mut data, &sums.crcs)?;
-        Ok(Some(LayerImage { sums, data }))
+        self.fetch_layer(key, |plan, sums| {
+            let mut data = vec![0; plan.crcs.len() * BLOCK_SIZE];
+            self.read_pieces(Mode::Wait, plan, &mut data)?;
+            Ok(Some(LayerImage { sums, data }))
+        })
+    }
+
+    fn fetch_layer<R>(
+        &self,
+        key: LayerKey,
+        carry_out: impl Fn(&Plan, LayerSums) -> Result<Option<R>, ReadError>,
+    ) -> Result<Option<R>, ReadError> {
+        self.fetch(
+            Mode::Wait,
+            key.object,
+            |shard, loaded| match shard.get(key).filter(|layer| layer.exists()) {
+                Some(layer) => {
+                    let (sums, plan) = plan_image(shard, loaded, key, layer)?;
+                    Ok((plan, Some(sums)))
+                }
+                None => Ok((Plan::default(), None)),
+            },
+            |plan, sums| sums.map_or(Ok(None), |sums| carry_out(plan, sums)),
+        )
     }
 }
 
-impl Plan {
-    /// Adds a block as `found`; gives its checksum and state.
-    fn add(
-        &mut self,
-        found: Option<(LayerKey, Located)>,
-        object: ObjectId,
-        newest: Layer,
-        block: u16,
-    ) -> (u32, BlockState) {
+fn plan_read(
+    shard: &Shard,
+    loaded: &Loaded,
+    newest: LayerKey,
+    chain: &[Layer],
+    range: BlockRange,
+) -> Result<(Plan, ReadOutcome), Wanted> {
+    let mut links = chain_of(shard, newest.object, chain);
+    let mut plan = Plan::default();
+    let mut outcome = ReadOutcome { version: shard.version(newest), absent: 0 };
+    for block in range.first()..range.end() {
+        let found = resolve(&links, block);
+        outcome.absent += u16::from(found.is_none());
         match found {
-            Some((key, Located::Data { crc, place })) => {
-                self.push(key, block, Some(place));
-                (crc, BlockState::Data)
+            Some((at, Located::Data { crc, place })) => {
+                plan.push(links[at].key, block, crc, Some(place));
             }
-            other => {
-                self.push(LayerKey { object, layer: newest }, block, None);
-                (ZERO_CRC, other.map_or(BlockState::Absent, |(_, located)| located.state()))
+            Some((at, Located::Base { offset })) => {
+                let crc = links[at].crc(shard, loaded, block)?;
+                plan.push(links[at].key, block, crc, Some(Place::Slab(offset)));
             }
+            _ => plan.push(newest, block, ZERO_CRC, None),
         }
     }
+    Ok((plan, outcome))
 }
 
 /// What an image of `layer` holds and where its data is.
-fn plan_image(layer: &LayerState) -> (LayerSums, Plan) {
-    let mut sums = LayerSums { version: layer.version, runs: Vec::new(), crcs: Vec::new() };
+fn plan_image(
+    shard: &Shard,
+    loaded: &Loaded,
+    key: LayerKey,
+    layer: &LayerState,
+) -> Result<(LayerSums, Plan), Wanted> {
     let mut plan = Plan::default();
-    sums.runs = runs(BlockRange::ALL, |block| {
-        let located = layer.locate(block);
-        if let Located::Data { crc, place } = located {
-            sums.crcs.push(crc);
-            plan.push(layer.key, block, Some(place));
+    let mut link = Link { key, layer, sums: None };
+    for block in 0..BlockRange::ALL.end() {
+        match layer.locate(block) {
+            Located::Data { crc, place } => plan.push(key, block, crc, Some(place)),
+            Located::Base { offset } => {
+                let crc = link.crc(shard, loaded, block)?;
+                plan.push(key, block, crc, Some(Place::Slab(offset)));
+            }
+            Located::Absent | Located::Zero => {}
         }
-        located.state()
-    });
-    sums.runs.retain(|run| run.state != BlockState::Absent);
-    (sums, plan)
+    }
+    let mut runs = runs(BlockRange::ALL, |block| layer.locate(block).state());
+    runs.retain(|run| run.state != BlockState::Absent);
+    Ok((LayerSums { version: layer.version, runs, crcs: plan.crcs.clone() }, plan))
 }
 
 /// The blocks of `range` as runs of equal state.

@@ -2,7 +2,7 @@
 
 use sheepdog_types::BLOCKS_PER_OBJECT;
 
-use crate::api::BlockState;
+use crate::api::{BlockRange, BlockState};
 
 /// Bytes of a packed [`States`].
 pub(crate) const STATES_BYTES: usize = BLOCKS_PER_OBJECT / 4;
@@ -58,15 +58,76 @@ impl States {
         self.0.iter().map(|byte| (byte & 0xAA).count_ones() as u16).sum()
     }
 
+    /// Runs of blocks in `state`, ascending.
+    pub(crate) fn runs(&self, state: BlockState) -> impl Iterator<Item = BlockRange> + '_ {
+        let mut next = 0;
+        std::iter::from_fn(move || {
+            let rest = next..BlockRange::ALL.end();
+            let first = rest.clone().find(|&block| self.get(block) == state)?;
+            let end = (first..rest.end).find(|&block| self.get(block) != state);
+            next = end.unwrap_or(rest.end);
+            BlockRange::new(first, usize::from(next - first))
+        })
+    }
+
     /// The blocks in `state`, ascending.
     pub(crate) fn blocks(&self, state: BlockState) -> impl Iterator<Item = u16> + '_ {
         (0..BLOCKS_PER_OBJECT as u16).filter(move |&block| self.get(block) == state)
     }
 }
 
+/// The states of a layer in as little memory as they need: most layers are all data.
+#[derive(Clone, Debug)]
+pub(crate) enum CompactStates {
+    /// All blocks are in this state.
+    Uniform(BlockState),
+    Mixed(Box<States>),
+}
+
+impl CompactStates {
+    pub(crate) fn new(states: States) -> Self {
+        let first = states.0[0];
+        let uniform = matches!(first, 0x00 | 0x55 | 0xAA) && states.0.iter().all(|b| *b == first);
+        if uniform { Self::Uniform(states.get(0)) } else { Self::Mixed(Box::new(states)) }
+    }
+
+    pub(crate) fn get(&self, block: u16) -> BlockState {
+        match self {
+            Self::Uniform(state) => *state,
+            Self::Mixed(states) => states.get(block),
+        }
+    }
+
+    pub(crate) fn expand(&self) -> States {
+        match self {
+            Self::Mixed(states) => (**states).clone(),
+            Self::Uniform(BlockState::Absent) => States::default(),
+            Self::Uniform(BlockState::Data) => States([0x55; STATES_BYTES]),
+            Self::Uniform(BlockState::Zero) => States([0xAA; STATES_BYTES]),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn compact_states_are_the_same_states() {
+        for state in [BlockState::Absent, BlockState::Data, BlockState::Zero] {
+            let mut states = States::default();
+            (0..1024).for_each(|block| states.set(block, state));
+            let compact = CompactStates::new(states.clone());
+            assert!(matches!(compact, CompactStates::Uniform(s) if s == state));
+            assert_eq!((compact.get(1023), compact.expand()), (state, states.clone()));
+            let other = if state == BlockState::Zero { BlockState::Data } else { BlockState::Zero };
+            states.set(1023, other);
+            let compact = CompactStates::new(states.clone());
+            assert!(matches!(compact, CompactStates::Mixed(_)));
+            assert_eq!((compact.get(1022), compact.get(1023)), (state, other));
+            assert_eq!(compact.expand(), states);
+        }
+    }
 
     #[test]
     fn every_block_keeps_its_own_state() {
