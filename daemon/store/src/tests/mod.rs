@@ -4,5 +4,6 @@ mod crash;
 mod damage;
 mod full;
 mod model;
+mod oracle;
 mod sim;
 mod support;
