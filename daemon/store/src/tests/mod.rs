@@ -2,6 +2,7 @@
 
 mod crash;
 mod damage;
+mod enumerate;
 mod full;
 mod model;
 mod oracle;

@@ -83,7 +83,8 @@ pub(super) fn tag_of(bytes: &[u8]) -> Option<u64> {
 }
 
 pub(super) fn blocks_of(tags: &[u64]) -> (Vec<u8>, Vec<u32>) {
-    let bytes: Vec<u8> = tags.iter().flat_map(|tag| bytes_of(*tag)).collect();
+    let mut bytes = Vec::with_capacity(tags.len() * BLOCK_SIZE);
+    tags.iter().for_each(|tag| bytes.extend_from_slice(&bytes_of(*tag)));
     let crcs = bytes.chunks(BLOCK_SIZE).map(crc32c::crc32c).collect();
     (bytes, crcs)
 }
