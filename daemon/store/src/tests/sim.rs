@@ -492,6 +492,7 @@ impl SimMedium {
     fn change(
         &self,
         name: &str,
+        what: impl Fn() -> String,
         change: impl FnOnce(&mut FileState, u64),
         torn: impl FnOnce(&mut FileState, u64),
     ) -> io::Result<()> {
@@ -503,6 +504,9 @@ impl SimMedium {
         let number = sim.begin()?;
         let fault = sim.fails(name);
         let file = sim.disk.files.get_mut(name).ok_or(io::ErrorKind::NotFound)?;
+        if trace() {
+            println!("change {number} of {name}: {} {fault:?}", what());
+        }
         match fault {
             Some(_) => torn(file, number),
             None => change(file, number),
@@ -510,6 +514,12 @@ impl SimMedium {
         sim.keep_record();
         fault.map_or(Ok(()), |errno| Err(errno.into()))
     }
+}
+
+/// Whether to print all changes, to see what a failing seed does: if `TRACE` is set.
+pub(super) fn trace() -> bool {
+    static TRACE: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *TRACE.get_or_init(|| std::env::var_os("TRACE").is_some())
 }
 
 /// Fates for [`SimMedium::lose`]: each unit keeps some of its changes with `keep` percent.
@@ -574,6 +584,7 @@ impl VFile for SimFile {
         let part = bytes.clone();
         self.medium.change(
             &self.name,
+            || format!("write {} at {offset}", part.len()),
             |file, number| file.write(number, bytes, offset),
             |file, number| {
                 // Any number of sectors may have been taken.
@@ -587,7 +598,8 @@ impl VFile for SimFile {
 
     fn sync(&self) -> io::Result<()> {
         self.medium.0.lock().unwrap().syncs += 1;
-        self.medium.change(&self.name, |file, _| file.sync(), |file, _| file.fail_sync())
+        let what = || "sync".into();
+        self.medium.change(&self.name, what, |file, _| file.sync(), |file, _| file.fail_sync())
     }
 
     fn len(&self) -> io::Result<u64> {
@@ -596,10 +608,13 @@ impl VFile for SimFile {
     }
 
     fn allocate(&self, len: u64) -> io::Result<()> {
-        self.medium.change(&self.name, |file, number| file.extend(number, len), |_, _| {})
+        let what = || format!("allocate {len}");
+        self.medium.change(&self.name, what, |file, number| file.extend(number, len), |_, _| {})
     }
 
     fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.medium.change(&self.name, |file, number| file.punch(number, offset, len), |_, _| {})
+        let what = || format!("punch {len} at {offset}");
+        let punch = |file: &mut FileState, number| file.punch(number, offset, len);
+        self.medium.change(&self.name, what, punch, |_, _| {})
     }
 }
