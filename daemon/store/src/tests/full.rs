@@ -3,7 +3,7 @@
 
 use rustix::io::Errno;
 
-use super::sim::SimMedium;
+use super::sim::{Fault, SimMedium};
 use super::support::{Model, Op, check_equal, key, new_sim, open_sim, version};
 use crate::error::WriteError;
 
@@ -107,4 +107,29 @@ fn a_failed_sync_is_told_and_never_tried_again() {
     engine.checkpoint().unwrap_err();
     assert_eq!(medium.syncs(), syncs);
     check_equal(&engine, &model).unwrap();
+}
+
+#[test]
+fn i11_a_mark_that_may_count_is_not_undone_by_later_checkpoints() {
+    // The mark's two copies are written and synced one after the other: four changes.
+    for after in 0..4 {
+        let medium = SimMedium::default();
+        let engine = new_sim(&medium);
+        let mut model = Model::new();
+        apply(&engine, &mut model, &write(0, 1, &[1, 2, 3])).unwrap();
+        engine.checkpoint().unwrap();
+        apply(&engine, &mut model, &write(0, 2, &[4])).unwrap();
+        let fault = Fault { prefix: "superblock", errno: Errno::IO, after, count: 1 };
+        medium.set_faults(Some(fault));
+        engine.checkpoint().unwrap_err();
+        // The medium works again; the store must know that it does not know.
+        engine.checkpoint().unwrap_err();
+        engine.shut_down().unwrap_err();
+        check_equal(&engine, &model).unwrap();
+        drop(engine);
+        let killed = SimMedium::from_disk(medium.disk());
+        check_equal(&open_sim(&killed).unwrap(), &model).unwrap();
+        medium.lose(512, &mut |_| 0);
+        check_equal(&open_sim(&medium).unwrap(), &model).unwrap();
+    }
 }

@@ -2,7 +2,9 @@
 
 mod crash;
 mod damage;
+mod enumerate;
 mod full;
 mod model;
+mod oracle;
 mod sim;
 mod support;

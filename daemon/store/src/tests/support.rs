@@ -1,40 +1,26 @@
-//! What the tests share: randomness from a seed, and a model that knows nothing of the store.
+//! The only place where tests touch the inside of the store: opening it on a simulated medium,
+//! changing it, and observing all that it says of itself.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
 use sheepdog_types::{
-    BLOCK_SIZE, ClusterId, DiskId, Layer, LayerKey, NodeId, ObjectId, ObjectIndex, Version,
-    VolumeId, WriterGen,
+    BLOCK_SIZE, ClusterId, DiskId, Layer, LayerKey, NodeId, ObjectId, SlotId, Version,
 };
 
+pub(super) use super::oracle::*;
 use super::sim::SimMedium;
 use crate::engine::Engine;
 use crate::{
-    Applied, BlockRange, BlockRun, BlockState, LayerImage, LayerSums, OpenError, Options, Payload,
-    StoreIds, WriteError,
+    Applied, BlockRange, BlockState, LayerImage, OpenError, Options, Payload, StoreIds, WriteError,
 };
 
-/// SplitMix64.
-pub(super) struct Rng(pub(super) u64);
+pub(super) const IDS: StoreIds =
+    StoreIds { cluster: ClusterId(1), node: NodeId(2), disk: DiskId(3) };
 
-impl Rng {
-    pub(super) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    pub(super) fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
-
-    pub(super) fn chance(&mut self, percent: u64) -> bool {
-        self.below(100) < percent
-    }
-}
+/// Blocks of a write that counts as large.
+pub(super) const LARGE_BLOCKS: u16 = 256;
 
 /// The seed of a randomised test: from the environment, or new; printed, so that it can be rerun.
 pub(super) fn seed() -> u64 {
@@ -46,141 +32,62 @@ pub(super) fn seed() -> u64 {
     seed
 }
 
-pub(super) const IDS: StoreIds =
-    StoreIds { cluster: ClusterId(1), node: NodeId(2), disk: DiskId(3) };
+/// A number from the environment.
+pub(super) fn setting(name: &str, usual: u64) -> u64 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(usual)
+}
 
+/// The smallest store there is.
 pub(super) fn small() -> Options {
     Options { log_bytes: 256 << 10, segment_bytes: 64 << 10, ..Options::default() }
 }
 
-pub(super) fn key(volume: u64, index: u32, layer: u32) -> LayerKey {
-    let object = ObjectId { volume: VolumeId(volume), index: ObjectIndex(index) };
-    LayerKey { object, layer: Layer(layer) }
-}
-
-pub(super) fn version(writer: u64, seq: u64) -> Version {
-    Version { writer: WriterGen(writer), seq }
-}
-
-/// The bytes of a block with a tag: different for each tag in every sector.
-pub(super) fn bytes_of(tag: u64) -> Vec<u8> {
-    tag.to_le_bytes().repeat(BLOCK_SIZE / 8)
-}
-
-pub(super) fn blocks_of(tags: &[u64]) -> (Vec<u8>, Vec<u32>) {
-    let bytes: Vec<u8> = tags.iter().flat_map(|tag| bytes_of(*tag)).collect();
-    let crcs = bytes.chunks(BLOCK_SIZE).map(crc32c::crc32c).collect();
-    (bytes, crcs)
+/// The smallest store that takes a write of [`LARGE_BLOCKS`].
+pub(super) fn large() -> Options {
+    let segment_bytes = (usize::from(LARGE_BLOCKS) * BLOCK_SIZE + (64 << 10)) as u64;
+    Options { log_bytes: 4 * segment_bytes, segment_bytes, ..Options::default() }
 }
 
 pub(super) fn new_sim(medium: &SimMedium) -> Engine {
-    crate::open::create(medium, IDS, &small()).unwrap();
+    create_sim(medium, &small()).unwrap();
     open_sim(medium).unwrap()
 }
 
+pub(super) fn create_sim(medium: &SimMedium, options: &Options) -> Result<(), OpenError> {
+    crate::open::create(medium, IDS, options)
+}
+
+/// Opens; the geometry is that of creation.
 pub(super) fn open_sim(medium: &SimMedium) -> Result<Engine, OpenError> {
     crate::open::open(Arc::new(medium.clone()), Path::new("/sim"), small())
 }
 
-/// A block in the model.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Block {
-    Data(u64),
-    Zero,
+/// Whether a change of up to `bytes` can be made now without waiting for a checkpoint or a lock:
+/// then it can be made in the midst of a checkpoint, by the same thread.
+pub(super) fn has_room(engine: &Engine, bytes: u64) -> bool {
+    engine.log.try_lock().is_ok_and(|log| log.has_room(&engine.ring, bytes, false))
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Default)]
-pub(super) struct ModelLayer {
-    pub(super) version: Version,
-    pub(super) blocks: BTreeMap<u16, Block>,
-}
-
-/// A whole store.
-pub(super) type Model = BTreeMap<LayerKey, ModelLayer>;
-
-/// A change of the store.
-#[derive(Clone, Debug)]
-pub(super) enum Op {
-    Write { key: LayerKey, version: Version, first: u16, tags: Vec<u64> },
-    Clear { key: LayerKey, version: Version, first: u16, count: u16, absent: bool, release: bool },
-    Install { key: LayerKey, layer: ModelLayer },
-    Delete { key: LayerKey },
-    DeleteVolume { volume: VolumeId },
+/// Where the log begins and ends.
+pub(super) fn log_range(engine: &Engine) -> (u64, u64) {
+    let log = engine.log.lock().unwrap();
+    (log.start, log.end)
 }
 
 impl Op {
-    /// A random change that `model` allows, in the first `span` blocks of few objects.
-    pub(super) fn random(rng: &mut Rng, model: &Model, span: u16) -> Self {
-        let key = key(1 + rng.below(2), rng.below(4) as u32, rng.below(3) as u32);
-        let now = model.get(&key).map_or(Version::NONE, |layer| layer.version);
-        let version = version(now.writer.0.max(1) + u64::from(rng.chance(5)), now.seq + 1);
-        let first = rng.below(u64::from(span)) as u16;
-        let count = 1 + rng.below(u64::from((span - first).min(6))) as u16;
-        match rng.below(100) {
-            0..60 => {
-                let tags = (0..count).map(|_| 1 + rng.next() / 2).collect();
-                Self::Write { key, version, first, tags }
-            }
-            60..80 => {
-                let (absent, release) = (rng.chance(50), rng.chance(50));
-                Self::Clear { key, version, first, count, absent, release }
-            }
-            80..90 => {
-                let mut blocks = BTreeMap::new();
-                for block in 0..span {
-                    if blocks.len() == 10 || rng.chance(60) {
-                        continue;
-                    }
-                    let data = Block::Data(1 + rng.next() / 2);
-                    blocks.insert(block, if rng.chance(70) { data } else { Block::Zero });
-                }
-                Self::Install { key, layer: ModelLayer { version, blocks } }
-            }
-            90..99 => Self::Delete { key },
-            _ => Self::DeleteVolume { volume: key.object.volume },
-        }
-    }
-
-    pub(super) fn apply_to_model(&self, model: &mut Model) {
-        match self.clone() {
-            Self::Write { key, version, first, tags } => {
-                let layer = model.entry(key).or_default();
-                layer.version = version;
-                layer.blocks.extend((first..).zip(tags.into_iter().map(Block::Data)));
-            }
-            Self::Clear { key, version, first, count, absent, .. } => {
-                let layer = model.entry(key).or_default();
-                layer.version = version;
-                for block in first..first + count {
-                    layer.blocks.remove(&block);
-                    if !absent {
-                        layer.blocks.insert(block, Block::Zero);
-                    }
-                }
-            }
-            Self::Install { key, layer } => {
-                model.insert(key, layer);
-            }
-            Self::Delete { key } => {
-                model.remove(&key);
-            }
-            Self::DeleteVolume { volume } => model.retain(|key, _| key.object.volume != volume),
-        }
-    }
-
     /// Does the change in a store that is in the state `model`.
     pub(super) fn apply_to_store(&self, engine: &Engine, model: &Model) -> Result<(), WriteError> {
-        let prev = |key| model.get(key).map_or(Version::NONE, |layer| layer.version);
+        let prev = |key| version_in(model, key);
         match self {
             Self::Write { key, version, first, tags } => {
                 let (bytes, crcs) = blocks_of(tags);
                 let payload = Payload::Data { bytes: &bytes, crcs: &crcs };
-                let applied = engine.write(*key, prev(key), *version, *first, payload)?;
+                let applied = engine.write(*key, prev(*key), *version, *first, payload)?;
                 assert_eq!(applied, Applied::Now);
             }
             Self::Clear { key, version, first, count, absent, release } => {
                 let payload = Payload::Zero { count: *count, absent: *absent, release: *release };
-                let applied = engine.write(*key, prev(key), *version, *first, payload)?;
+                let applied = engine.write(*key, prev(*key), *version, *first, payload)?;
                 assert_eq!(applied, Applied::Now);
             }
             Self::Install { key, layer } => {
@@ -199,36 +106,15 @@ impl Op {
     }
 }
 
-/// The image that the store should give of a layer; a run for each block.
-pub(super) fn image_of(layer: &ModelLayer) -> LayerImage {
-    let mut sums = LayerSums { version: layer.version, runs: Vec::new(), crcs: Vec::new() };
-    let mut data = Vec::new();
-    for (&block, content) in &layer.blocks {
-        let state = match content {
-            Block::Zero => BlockState::Zero,
-            Block::Data(tag) => {
-                let bytes = bytes_of(*tag);
-                sums.crcs.push(crc32c::crc32c(&bytes));
-                data.extend(bytes);
-                BlockState::Data
-            }
-        };
-        sums.runs.push(BlockRun { range: BlockRange::new(block, 1).unwrap(), state });
-    }
-    LayerImage { sums, data }
-}
-
 /// Splits runs into single blocks, to compare images.
 pub(super) fn in_single_blocks(mut image: LayerImage) -> LayerImage {
     let runs = std::mem::take(&mut image.sums.runs);
     for run in runs {
         let blocks = run.range.first()..run.range.end();
-        image.sums.runs.extend(
-            blocks.map(|block| BlockRun {
-                range: BlockRange::new(block, 1).unwrap(),
-                state: run.state,
-            }),
-        );
+        image.sums.runs.extend(blocks.map(|block| crate::BlockRun {
+            range: BlockRange::new(block, 1).unwrap(),
+            state: run.state,
+        }));
     }
     image
 }
@@ -243,32 +129,113 @@ pub(super) fn versions(engine: &Engine) -> BTreeMap<LayerKey, Version> {
         .collect()
 }
 
+/// All that a store holds, after checking that what it says in different ways agrees: images,
+/// sums, counts, reads through layers, block states, digests, usage.
+pub(super) fn observe(engine: &Engine) -> Result<Model, String> {
+    let mut model = Model::new();
+    for (key, version) in versions(engine) {
+        let image = engine.image(key).map_err(|error| format!("{key}: {error}"))?;
+        let image = image.ok_or(format!("{key} is listed and has no image"))?;
+        let layer = layer_of(&image).map_err(|what| format!("{key}: {what}"))?;
+        let stat = engine.stat(key).ok_or(format!("{key} is listed and has no summary"))?;
+        let said = (stat.version, (stat.data_blocks, stat.zero_blocks));
+        if layer.version != version || said != (version, layer.counts()) {
+            return Err(format!("{key}: at {version} the summary says {said:?}"));
+        }
+        // Of one layer: it costs as much as the image.
+        if model.is_empty() && engine.sums(key).as_ref() != Some(&image.sums) {
+            return Err(format!("{key}: the sums are not those of the image"));
+        }
+        model.insert(key, layer);
+    }
+    let objects: BTreeSet<_> = model.keys().map(|key| key.object).collect();
+    for object in &objects {
+        check_reads(engine, &model, *object)?;
+    }
+    // Objects that were deleted must be out of the digests, too.
+    let few = (1..3).flat_map(|volume| (0..4).map(move |index| key(volume, index, 0).object));
+    for object in objects.into_iter().chain(few) {
+        let slot = slot_of(object);
+        let (expected, said) = (digest_of_slot(&model, slot), engine.table.digest(SlotId(slot)));
+        if expected != said {
+            return Err(format!("the digest of slot {slot} is {said:x}, should be {expected:x}"));
+        }
+    }
+    let used: u64 = model.values().map(|layer| u64::from(layer.counts().0)).sum();
+    let usage = engine.usage();
+    if (usage.used, usage.objects) != (used * BLOCK_SIZE as u64, model.len() as u64) {
+        return Err(format!("{usage:?}, though {used} blocks of {} layers are", model.len()));
+    }
+    Ok(model)
+}
+
+/// Reads an object through all its layers and compares with the model.
+fn check_reads(engine: &Engine, model: &Model, object: ObjectId) -> Result<(), String> {
+    let all = LayerKey { object, layer: Layer(0) }..=LayerKey { object, layer: Layer(u32::MAX) };
+    let layers = || model.range(all.clone());
+    let chain: Vec<_> = layers().map(|(key, _)| key.layer).rev().collect();
+    let end = layers().filter_map(|(_, layer)| layer.blocks.keys().next_back()).max();
+    let count = usize::from(end.copied().unwrap_or(0)) + 1;
+    let (mut buf, mut crcs) = (vec![7; count * BLOCK_SIZE], vec![7; count]);
+    let read = engine.read(object, &chain, 0, &mut buf, &mut crcs);
+    let outcome = read.map_err(|error| format!("{object}: {error}"))?;
+    let states = engine.block_states(object, &chain, BlockRange::new(0, count).unwrap());
+    let states = states.iter().flat_map(|run| (run.range.first()..run.range.end()).map(|_| run.state));
+    let mut absent = 0;
+    for ((block, bytes), state) in (0u16..).zip(buf.chunks_exact(BLOCK_SIZE)).zip(states) {
+        let (tag, expected) = match through(model, object, &chain, block) {
+            Some(Block::Data(tag)) => (tag, BlockState::Data),
+            Some(Block::Zero) => (0, BlockState::Zero),
+            None => (0, BlockState::Absent),
+        };
+        absent += u16::from(expected == BlockState::Absent);
+        if tag_of(bytes) != Some(tag) || crcs[usize::from(block)] != crc32c::crc32c(bytes) {
+            return Err(format!("{object}: block {block} read through {chain:?} differs"));
+        }
+        if state != expected {
+            return Err(format!("{object}: block {block} is {expected:?}, said to be {state:?}"));
+        }
+    }
+    let newest = version_in(model, LayerKey { object, layer: chain[0] });
+    match (outcome.version, outcome.absent) == (newest, absent) {
+        true => Ok(()),
+        false => Err(format!("{object}: {outcome:?}, expected {newest} and {absent} absent")),
+    }
+}
+
 /// Whether a store holds just what `model` says: versions, states, bytes, digests, counts.
 pub(super) fn check_equal(engine: &Engine, model: &Model) -> Result<(), String> {
-    let expected: BTreeMap<_, _> = model.iter().map(|(key, l)| (*key, l.version)).collect();
-    if versions(engine) != expected {
-        return Err(format!("versions {:?}, expected {expected:?}", versions(engine)));
-    }
-    let mut digests = BTreeMap::new();
-    let mut used = 0;
-    for (key, layer) in model {
-        let image = engine.image(*key).map_err(|error| error.to_string())?;
-        if image.map(in_single_blocks) != Some(image_of(layer)) {
-            return Err(format!("the content of {key} differs"));
+    let found = observe(engine)?;
+    if found == *model { Ok(()) } else { Err(differences(model, &found)) }
+}
+
+/// Runs `work` for all numbers below `count` on all cores. A panic ends the run; its number is
+/// given to `failed` first.
+pub(super) fn in_parallel(
+    count: u64,
+    work: impl Fn(u64) + Sync,
+    failed: impl Fn(u64) + Sync,
+) {
+    use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+    let next = AtomicU64::new(0);
+    let cores = std::thread::available_parallelism().map_or(2, usize::from);
+    let run = || {
+        loop {
+            let number = next.fetch_add(1, Relaxed);
+            if number >= count {
+                return;
+            }
+            let work = std::panic::AssertUnwindSafe(|| work(number));
+            if let Err(panic) = std::panic::catch_unwind(work) {
+                next.store(count, Relaxed);
+                failed(number);
+                std::panic::resume_unwind(panic);
+            }
         }
-        let data = |block: &&Block| matches!(block, Block::Data(_));
-        let blocks = layer.blocks.values().filter(data).count();
-        used += blocks as u64;
-        let stat = engine.stat(*key).unwrap();
-        let zeroes = layer.blocks.len() - blocks;
-        assert_eq!((stat.data_blocks, stat.zero_blocks), (blocks as u16, zeroes as u16), "{key}");
-        let digest = digests.entry(key.object.slot()).or_insert(0u64);
-        *digest = digest.wrapping_add(crate::table::layer_hash(*key, layer.version));
-    }
-    for (slot, expected) in digests {
-        assert_eq!(engine.table.digest(slot), expected, "digest of slot {slot}");
-    }
-    let usage = engine.usage();
-    assert_eq!((usage.used, usage.objects), (used * BLOCK_SIZE as u64, model.len() as u64));
-    Ok(())
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..cores).map(|_| scope.spawn(run)).collect();
+        let results: Vec<_> = threads.into_iter().map(|thread| thread.join()).collect();
+        results.into_iter().for_each(|result| result.unwrap());
+    });
 }
