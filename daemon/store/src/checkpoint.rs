@@ -118,6 +118,10 @@ impl Engine {
     /// the changes stay in the log and are taken up by the next call.
     pub(crate) fn checkpoint(&self) -> io::Result<()> {
         let mut checkpointer = lock(&self.checkpointer);
+        if let Some(reason) = self.failed.get() {
+            // What became durable is not known: going on could undo it.
+            return Err(io::Error::other(reason.to_string()));
+        }
         let job = {
             let mut log = lock(&self.log);
             if log.dirty.is_empty() {

@@ -146,8 +146,7 @@ impl Store {
         buf: &mut [u8],
         crcs: &mut [u32],
     ) -> Result<ReadOutcome, ReadError> {
-        let read = self.engine.read(Mode::Wait, object, chain, first, buf, crcs)?;
-        read.ok_or(ReadError::Invalid("a read that may wait did not"))
+        self.engine.read(object, chain, first, buf, crcs)
     }
 
     /// Like [`Store::read`], if the page cache answers; `None` if the disk would have to.
@@ -162,7 +161,7 @@ impl Store {
         buf: &mut [u8],
         crcs: &mut [u32],
     ) -> Result<Option<ReadOutcome>, ReadError> {
-        self.engine.read(Mode::Cached, object, chain, first, buf, crcs)
+        self.engine.read_as(Mode::Cached, object, chain, first, buf, crcs)
     }
 
     /// The states of `range` as seen through `chain` (newest first), as adjacent runs.

@@ -132,8 +132,21 @@ fn resolve(links: &[Link<'_>], block: u16) -> Option<(usize, Located)> {
 }
 
 impl Engine {
-    /// See [`crate::Store::read`] and [`crate::Store::try_read`]; `None` if it would have to wait.
+    /// See [`crate::Store::read`].
     pub(crate) fn read(
+        &self,
+        object: ObjectId,
+        chain: &[Layer],
+        first: u16,
+        buf: &mut [u8],
+        crcs: &mut [u32],
+    ) -> Result<ReadOutcome, ReadError> {
+        let read = self.read_as(Mode::Wait, object, chain, first, buf, crcs)?;
+        read.ok_or(ReadError::Invalid("a read that may wait did not"))
+    }
+
+    /// As `mode` says; `None` if it would have to wait and must not.
+    pub(crate) fn read_as(
         &self,
         mode: Mode,
         object: ObjectId,

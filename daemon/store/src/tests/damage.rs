@@ -193,12 +193,12 @@ fn a_newer_format_is_told_from_damage() {
     let mut sector = [0; 512];
     let file = crate::medium::Medium::open(&medium, "superblock", false).unwrap();
     file.read_at(&mut sector, 0).unwrap();
-    sector[8] = 2;
+    sector[8] = 3;
     let crc = crc32c::crc32c(&sector[..508]);
     sector[508..].copy_from_slice(&crc.to_le_bytes());
     file.write_at(&[&sector], 0).unwrap();
     match open_sim(&medium).map(|_| ()) {
-        Err(OpenError::NewerFormat { found: 2, supported: 1 }) => {}
+        Err(OpenError::OtherFormat { found: 3, supported: 2 }) => {}
         other => panic!("{other:?}"),
     }
 }

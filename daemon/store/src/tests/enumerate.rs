@@ -41,6 +41,8 @@ enum Act {
     DeleteVolume,
     /// Another content for the object's layer.
     Install,
+    /// The object's first layer goes into its second.
+    Merge,
     Flush,
     Checkpoint,
     /// An orderly stop and a start.
@@ -49,7 +51,7 @@ enum Act {
 
 use Act::*;
 
-const ALL: [(char, Act); 12] = [
+const ALL: [(char, Act); 13] = [
     ('W', Write),
     ('O', Overlap),
     ('L', Large),
@@ -59,6 +61,7 @@ const ALL: [(char, Act); 12] = [
     ('X', DeleteLayer),
     ('V', DeleteVolume),
     ('I', Install),
+    ('M', Merge),
     ('F', Flush),
     ('C', Checkpoint),
     ('R', Restart),
@@ -76,7 +79,7 @@ impl Act {
 
     /// The change that it is in the state `now`; `step` makes the bytes its own.
     fn op(self, now: &Model, step: u64) -> Option<Op> {
-        let object = key(1, 0, 0);
+        let object = super::oracle::newest_from(now, key(1, 0, 0));
         let next = |key| {
             let old = version_in(now, key);
             super::support::version(1, old.seq + 1)
@@ -110,6 +113,7 @@ impl Act {
                 let layer = ModelLayer { version: next(object), blocks: blocks.into() };
                 Op::Install { key: object, layer }
             }
+            Merge => Op::Merge { key: key(1, 0, 1), lower: sheepdog_types::Layer(0) },
             Flush | Checkpoint | Restart => return None,
         })
     }

@@ -101,7 +101,7 @@ fn images_move_layers_between_stores() {
     let payload = Payload::Data { bytes: &bytes, crcs: &crcs };
     from.write(key, Version::NONE, version(1, 1), 1021, payload).unwrap();
     let mut image = from.image(key).unwrap().unwrap();
-    assert_eq!(from.sums(key).as_ref(), Some(&image.sums));
+    assert_eq!(from.sums(key).unwrap().as_ref(), Some(&image.sums));
     assert!(!to.install(key, Some(version(1, 1)), &image).unwrap(), "another version is there");
     assert!(to.install(key, None, &image).unwrap());
     let copied = to.image(key).unwrap().map(in_single_blocks);

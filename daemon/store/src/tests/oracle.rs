@@ -3,7 +3,9 @@
 
 use std::collections::BTreeMap;
 
-use sheepdog_types::{BLOCK_SIZE, Layer, LayerKey, ObjectId, ObjectIndex, Version, VolumeId, WriterGen};
+use sheepdog_types::{
+    BLOCK_SIZE, Layer, LayerKey, ObjectId, ObjectIndex, Version, VolumeId, WriterGen,
+};
 
 use crate::{BlockRange, BlockRun, BlockState, LayerImage, LayerSums};
 
@@ -128,30 +130,57 @@ pub(super) fn through(
     chain: &[Layer],
     block: u16,
 ) -> Option<Block> {
-    chain
-        .iter()
-        .find_map(|layer| model.get(&LayerKey { object, layer: *layer })?.blocks.get(&block).copied())
+    chain.iter().find_map(|layer| {
+        model.get(&LayerKey { object, layer: *layer })?.blocks.get(&block).copied()
+    })
 }
 
 /// A change of the store.
 #[derive(Clone, Debug)]
 pub(super) enum Op {
-    Write { key: LayerKey, version: Version, first: u16, tags: Vec<u64> },
-    Clear { key: LayerKey, version: Version, first: u16, count: u16, absent: bool, release: bool },
-    Install { key: LayerKey, layer: ModelLayer },
-    Delete { key: LayerKey },
-    DeleteVolume { volume: VolumeId },
+    Write {
+        key: LayerKey,
+        version: Version,
+        first: u16,
+        tags: Vec<u64>,
+    },
+    Clear {
+        key: LayerKey,
+        version: Version,
+        first: u16,
+        count: u16,
+        absent: bool,
+        release: bool,
+    },
+    Install {
+        key: LayerKey,
+        layer: ModelLayer,
+    },
+    Delete {
+        key: LayerKey,
+    },
+    DeleteVolume {
+        volume: VolumeId,
+    },
+    /// The older layer goes into `key`.
+    Merge {
+        key: LayerKey,
+        lower: Layer,
+    },
 }
 
 impl Op {
     /// A random change that `model` allows, in the first `span` blocks of few objects.
     pub(super) fn random(rng: &mut Rng, model: &Model, span: u16) -> Self {
-        let key = key(1 + rng.below(2), rng.below(4) as u32, rng.below(3) as u32);
+        let any = key(1 + rng.below(2), rng.below(4) as u32, rng.below(3) as u32);
+        let action = rng.below(100);
+        // Only the newest layer of an object takes writes.
+        let key = if action < 80 { newest_from(model, any) } else { any };
         let now = version_in(model, key);
         let version = version(now.writer.0.max(1) + u64::from(rng.chance(5)), now.seq + 1);
         let first = rng.below(u64::from(span)) as u16;
         let count = 1 + rng.below(u64::from((span - first).min(6))) as u16;
-        match rng.below(100) {
+        match action {
             0..60 => {
                 let tags = (0..count).map(|_| 1 + rng.next() / 2).collect();
                 Self::Write { key, version, first, tags }
@@ -171,7 +200,11 @@ impl Op {
                 }
                 Self::Install { key, layer: ModelLayer { version, blocks } }
             }
-            90..99 => Self::Delete { key },
+            90..95 => Self::Delete { key },
+            95..99 => Self::Merge {
+                key: LayerKey { layer: Layer(2), ..key },
+                lower: Layer(rng.below(2) as u32),
+            },
             _ => Self::DeleteVolume { volume: key.object.volume },
         }
     }
@@ -200,8 +233,25 @@ impl Op {
                 model.remove(key);
             }
             Self::DeleteVolume { volume } => model.retain(|key, _| key.object.volume != *volume),
+            Self::Merge { key, lower } => {
+                let lower = LayerKey { layer: *lower, ..*key };
+                if !model.contains_key(key) {
+                    return;
+                }
+                let blocks = model.remove(&lower).unwrap_or_default().blocks;
+                let upper = model.entry(*key).or_default();
+                for (block, content) in blocks {
+                    upper.blocks.entry(block).or_insert(content);
+                }
+            }
         }
     }
+}
+
+/// The newest layer of the key's object, or the key itself if that is newer.
+pub(super) fn newest_from(model: &Model, key: LayerKey) -> LayerKey {
+    let newer = key..=LayerKey { layer: Layer(u32::MAX), ..key };
+    model.range(newer).next_back().map_or(key, |(newest, _)| *newest)
 }
 
 pub(super) fn version_in(model: &Model, key: LayerKey) -> Version {

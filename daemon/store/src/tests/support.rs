@@ -65,7 +65,7 @@ pub(super) fn open_sim(medium: &SimMedium) -> Result<Engine, OpenError> {
 /// Whether a change of up to `bytes` can be made now without waiting for a checkpoint or a lock:
 /// then it can be made in the midst of a checkpoint, by the same thread.
 pub(super) fn has_room(engine: &Engine, bytes: u64) -> bool {
-    engine.log.try_lock().is_ok_and(|log| log.has_room(&engine.ring, bytes, false))
+    engine.log.try_lock().is_ok_and(|log| log.has_room(&engine.ring, bytes, 1024, false))
 }
 
 /// Where the log begins and ends.
@@ -97,6 +97,11 @@ impl Op {
             Self::Delete { key } => {
                 assert_eq!(engine.delete(*key, None)?, model.contains_key(key));
             }
+            Self::Merge { key, lower } => {
+                let below = LayerKey { layer: *lower, ..*key };
+                let both = model.contains_key(key) && model.contains_key(&below);
+                assert_eq!(engine.merge(key.object, key.layer, *lower)?, both);
+            }
             Self::DeleteVolume { volume } => {
                 let count = model.keys().filter(|key| key.object.volume == *volume).count();
                 assert_eq!(engine.delete_volume(*volume)?, count);
@@ -124,7 +129,7 @@ pub(super) fn versions(engine: &Engine) -> BTreeMap<LayerKey, Version> {
     crate::table::Table::shard_slots()
         .flat_map(|slot| {
             let shard = engine.table.shard(slot);
-            shard.existing().map(|layer| (layer.key, layer.version)).collect::<Vec<_>>()
+            shard.existing().map(|(key, layer)| (key, layer.version)).collect::<Vec<_>>()
         })
         .collect()
 }
@@ -143,7 +148,7 @@ pub(super) fn observe(engine: &Engine) -> Result<Model, String> {
             return Err(format!("{key}: at {version} the summary says {said:?}"));
         }
         // Of one layer: it costs as much as the image.
-        if model.is_empty() && engine.sums(key).as_ref() != Some(&image.sums) {
+        if model.is_empty() && engine.sums(key).unwrap().as_ref() != Some(&image.sums) {
             return Err(format!("{key}: the sums are not those of the image"));
         }
         model.insert(key, layer);
@@ -180,7 +185,8 @@ fn check_reads(engine: &Engine, model: &Model, object: ObjectId) -> Result<(), S
     let read = engine.read(object, &chain, 0, &mut buf, &mut crcs);
     let outcome = read.map_err(|error| format!("{object}: {error}"))?;
     let states = engine.block_states(object, &chain, BlockRange::new(0, count).unwrap());
-    let states = states.iter().flat_map(|run| (run.range.first()..run.range.end()).map(|_| run.state));
+    let states =
+        states.iter().flat_map(|run| (run.range.first()..run.range.end()).map(|_| run.state));
     let mut absent = 0;
     for ((block, bytes), state) in (0u16..).zip(buf.chunks_exact(BLOCK_SIZE)).zip(states) {
         let (tag, expected) = match through(model, object, &chain, block) {
@@ -211,11 +217,7 @@ pub(super) fn check_equal(engine: &Engine, model: &Model) -> Result<(), String> 
 
 /// Runs `work` for all numbers below `count` on all cores. A panic ends the run; its number is
 /// given to `failed` first.
-pub(super) fn in_parallel(
-    count: u64,
-    work: impl Fn(u64) + Sync,
-    failed: impl Fn(u64) + Sync,
-) {
+pub(super) fn in_parallel(count: u64, work: impl Fn(u64) + Sync, failed: impl Fn(u64) + Sync) {
     use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
     let next = AtomicU64::new(0);
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
