@@ -30,7 +30,7 @@ DIR holds the store; it is made if missing. Numbers in brackets are the defaults
   read        4 KiB random reads in --objects, on --threads [1], for --seconds [1] or --ops
   flush       4 KiB write + flush by one writer, by 16, and pwrite + fdatasync of a file, in turns
               of --seconds [0.3], --rounds [2]
-  slabs       --slabs [100000] objects of one block each in --volume
+  slabs       objects of one block each in --volume, from --from [0] up to --slabs [100000]
   full        full objects from --from [0] up to --objects [256]: zeroes stored as data, whose
               space is taken away again behind the store's back (they stay zeroes)
   open        the time to open, and the memory afterwards; --cold 1 drops the page cache of the

@@ -17,19 +17,23 @@ const PUNCH_EVERY: u32 = 32;
 
 /// As many objects as asked for, of one block each.
 pub(crate) fn one_block_each(args: &Args) -> Result<Figures, Failure> {
-    let (volume, slabs) = (args.count("volume", 1), args.count("slabs", 100_000));
+    let (volume, from, to) =
+        (args.count("volume", 1), args.count("from", 0), args.count("slabs", 100_000));
+    if from >= to {
+        return Err("--from must be below --slabs".into());
+    }
     let store = load::open(&args.dir)?;
     let blocks = Blocks::random();
     let (cpu, started) = (process_cpu(), Instant::now());
-    let mut writer = Writer::new(&store, (0..slabs).map(|index| key(volume, index, 0)), 0);
-    for at in 0..slabs {
+    let mut writer = Writer::new(&store, (from..to).map(|index| key(volume, index, 0)), 0);
+    for at in 0..to - from {
         writer.write(at as usize, (at % 1024) as u16, blocks.small(at.into()))?;
     }
     drop(writer);
     store.close()?;
     let mut figures = Figures::default();
     figures.set("seconds", started.elapsed().as_secs_f64());
-    figures.set("cpu_us", (process_cpu() - cpu) / f64::from(slabs));
+    figures.set("cpu_us", (process_cpu() - cpu) / f64::from(to - from));
     Ok(figures)
 }
 
