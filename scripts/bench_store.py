@@ -37,6 +37,7 @@ from bench import first_line
 
 MIB = 1 << 20
 BEGIN, END = "<!-- bench-store:begin -->", "<!-- bench-store:end -->"
+BUSY = " (**other work was running**: rates and times, and ratios of them, say little; CPU and memory figures hold)"
 SLABS_PER_TB = 10**12 / (4 * MIB)
 FIO_ENGINES = ["libaio", "io_uring"]
 
@@ -354,7 +355,7 @@ def table(rows):
     return out + ["| " + " | ".join(row.cells()) + " |" for row in rows]
 
 
-def machine(o, parents):
+def machine(o, parents, load):
     model = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
     systems = ", ".join(f"{name}: {file_system(parent)}" for name, parent in parents.items())
     commit = first_line("git", "-C", str(o.root), "rev-parse", "--short", "HEAD")
@@ -362,7 +363,8 @@ def machine(o, parents):
     command = "scripts/bench store" + "".join(f" {a}" for a in sys.argv[1:] if a not in hidden)
     return [
         f"{os.cpu_count()} CPUs ({model.group(1) if model else platform.machine()}), {available('MemTotal') >> 30} GiB of memory, "
-        f"Linux {platform.release()}; {systems}; {first_line('fio', '--version')}; commit {commit}, {datetime.date.today()}.",
+        f"Linux {platform.release()}; {systems}; {first_line('fio', '--version')}; commit {commit}, {datetime.date.today()}; "
+        f"load average before the run {load:.1f}{BUSY if load > 1 else ''}.",
         "",
         f"Command: `{command}`. Medians of {o.rounds} round{'s' * (o.rounds > 1)} of fio and store in turns; rates over {o.seconds:g} s with {o.mib} MiB, "
         "written before. With something beside it, the figure that counts is the ratio, store to the other.",
@@ -453,8 +455,11 @@ def main():
         finally:
             place.remove()
         return
+    load = os.getloadavg()[0]
+    if load > 1:
+        print(f"warning: the load average is {load:.1f}: other work is running, ratios of rates will say little", file=sys.stderr)
     rows = measure(o, parents)
-    lines = machine(o, parents) + table(rows)
+    lines = machine(o, parents, load) + table(rows)
     if o.json:
         text = json.dumps({"machine": lines[0], "command": lines[2], "rows": [row.json() for row in rows]}, indent=1)
         if o.json == "-":

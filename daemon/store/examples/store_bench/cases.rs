@@ -132,7 +132,11 @@ pub(crate) fn read(args: &Args) -> Result<Figures, Failure> {
                 random = hash64(random);
                 let object = key(volume, (random >> 32) as u32 % objects, 0).object;
                 let block = (random as usize % BLOCKS_PER_OBJECT) as u16;
-                store.read(object, &[Layer(0)], block, &mut buf, &mut crc).map(|_| ())
+                let outcome = store.read(object, &[Layer(0)], block, &mut buf, &mut crc)?;
+                if outcome.absent > 0 {
+                    return Err("a block is not there: run the case `fill` before".into());
+                }
+                Ok::<_, Failure>(())
             })?;
             Ok(operations)
         })

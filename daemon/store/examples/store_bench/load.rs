@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use sheepdog_store::{Options, Payload, Store, StoreIds, WriteError};
+use sheepdog_store::{Applied, Options, Payload, Store, StoreIds};
 use sheepdog_types::{
     BLOCK_SIZE, BLOCKS_PER_OBJECT, ClusterId, DiskId, Layer, LayerKey, NodeId, ObjectId,
     ObjectIndex, Version, VolumeId, WriterGen, hash64,
@@ -91,15 +91,17 @@ impl<'a> Writer<'a> {
         at: usize,
         first: u16,
         payload: Payload<'_>,
-    ) -> Result<(), WriteError> {
+    ) -> Result<(), Failure> {
         let (key, version) = &mut self.layers[at];
         let next = version.next(WriterGen(1));
-        self.store.write(*key, *version, next, first, payload)?;
+        if self.store.write(*key, *version, next, first, payload)? != Applied::Now {
+            return Err("two writers of one object: nothing was measured".into());
+        }
         *version = next;
         Ok(())
     }
 
-    pub(crate) fn write_anywhere(&mut self, blocks: &Blocks) -> Result<(), WriteError> {
+    pub(crate) fn write_anywhere(&mut self, blocks: &Blocks) -> Result<(), Failure> {
         self.random = hash64(self.random);
         let at = (self.random >> 32) as usize % self.layers.len();
         let block = self.random as usize % BLOCKS_PER_OBJECT;
@@ -107,7 +109,7 @@ impl<'a> Writer<'a> {
     }
 
     /// Writes all its objects in full, in order, 1 MiB at a time.
-    pub(crate) fn fill(&mut self, blocks: &Blocks) -> Result<(), WriteError> {
+    pub(crate) fn fill(&mut self, blocks: &Blocks) -> Result<(), Failure> {
         for at in 0..self.layers.len() {
             for first in (0..BLOCKS_PER_OBJECT).step_by(LARGE) {
                 self.write(at, first as u16, blocks.large())?;
