@@ -3,6 +3,8 @@
 The same load goes to three servers in turn: one node with one copy, three nodes with three copies (both sheep), and
 qemu-storage-daemon with a raw file. All run at once, each round visits every server, and medians over the rounds
 are reported, so that a slow minute of the machine hits all of them. CPU is the servers' alone, from /proc.
+
+`scripts/bench store` measures the disk store alone, beside fio; see `scripts/bench store --help`.
 """
 
 import argparse
