@@ -165,6 +165,16 @@ struct State {
     stopping: bool,
 }
 
+/// How matters stand after [`Queue::take`].
+pub(super) struct Taken {
+    /// Nothing waits, and whoever submits next rings the event: the caller may sleep in the
+    /// kernel. If not, it may sleep only while it has no room for more, since then it is woken
+    /// by what it has in flight.
+    pub(super) asleep: bool,
+    /// The engine is to end when nothing waits and nothing is in flight.
+    pub(super) stopping: bool,
+}
+
 /// Operations that wait for their turn.
 ///
 /// No wake-up is lost, because whether somebody sleeps is decided under the same lock as whether
@@ -261,17 +271,13 @@ impl Queue {
         }
     }
 
-    /// Moves up to `room` waiting tasks to `tasks`, which must be empty. If fewer wait, whoever
-    /// submits next rings the event: the caller may sleep in the kernel. (If not, the caller can
-    /// take more only when one of its tasks has ended, and needs no other wake-up.)
-    ///
-    /// True if the engine is to end when nothing waits and nothing is in flight.
-    pub(super) fn take(&self, room: usize, tasks: &mut Vec<Task>) -> bool {
+    /// Moves up to `room` waiting tasks to `tasks`, which must be empty.
+    pub(super) fn take(&self, room: usize, tasks: &mut Vec<Task>) -> Taken {
         let mut state = lock(&self.state);
         let count = room.min(state.waiting.len());
         self.take_some(&mut state, count, tasks);
         state.sleeping = count < room;
-        state.stopping
+        Taken { asleep: state.sleeping, stopping: state.stopping }
     }
 
     /// Waits for a task; `None` when the engine is to end and nothing waits.

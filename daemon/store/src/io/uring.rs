@@ -240,15 +240,19 @@ impl Driver {
     fn run(&mut self) -> io::Result<()> {
         let mut tasks = Vec::new();
         loop {
-            let stopping = self.queue.take(self.table.free.len(), &mut tasks);
-            let taken = tasks.len();
+            let taken = self.queue.take(self.table.free.len(), &mut tasks);
+            let count = tasks.len();
             for task in tasks.drain(..) {
                 self.begin(task)?;
             }
-            if !stopping || self.table.in_flight() > 0 {
+            if !taken.asleep && !self.table.free.is_empty() {
+                // Some ended without the kernel: there may be more that wait.
+                continue;
+            }
+            if !taken.stopping || self.table.in_flight() > 0 {
                 self.enter()?;
                 self.reap()?;
-            } else if taken == 0 {
+            } else if count == 0 {
                 return self.close();
             }
         }
