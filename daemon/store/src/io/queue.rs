@@ -318,6 +318,11 @@ impl Queue {
         lock(&self.state).sleeping
     }
 
+    #[cfg(test)]
+    pub(super) fn event(&self) -> Option<Arc<File>> {
+        self.event.clone()
+    }
+
     /// Threads that wait for work.
     #[cfg(test)]
     pub(super) fn parked(&self) -> usize {

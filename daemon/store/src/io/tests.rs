@@ -392,8 +392,11 @@ fn dropping_waits_for_everything() {
             };
             engine.submit(ops, Box::new(next));
         }
+        let event = engine.queue.event();
         drop(engine);
         assert_eq!(ended.load(SeqCst), 200);
+        // Nor is anything left behind.
+        assert!(event.is_none_or(|event| Arc::strong_count(&event) == 1));
         let expected: Vec<u8> = (0..100).flat_map(|_| [[1; 2000], [2; 2000]]).flatten().collect();
         assert!(std::fs::read(dir.path()).unwrap() == expected);
     });
