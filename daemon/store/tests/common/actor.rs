@@ -122,7 +122,8 @@ impl<'a, R: FnMut(Record)> Actor<'a, R> {
         let prev = self.layers[&key].version;
         self.tell(Event::Begin(op));
         let done = perform(self.store, self.seed, prev, &op);
-        if self.answered(done)? {
+        let frees = matches!(change, Change::Clear { .. } | Change::Delete);
+        if self.answered(done, frees)? {
             let seed = self.seed;
             self.layers.get_mut(&key).expect("an own layer").apply(seed, &op);
             return Ok(None);
@@ -138,16 +139,19 @@ impl<'a, R: FnMut(Record)> Actor<'a, R> {
         if let Ok(deleted) = deleted {
             assert_eq!(deleted, there, "layers deleted with their volume");
         }
-        if self.answered(deleted.map(|_| ()))? {
+        if self.answered(deleted.map(|_| ()), true)? {
             self.layers.values_mut().for_each(|layer| *layer = LayerModel::default());
             return Ok(None);
         }
         Ok(Some(WriteError::NoSpace))
     }
 
-    /// True if it was done, false if the disk is full.
-    fn answered(&mut self, result: Result<(), WriteError>) -> Result<bool, Stopped> {
+    /// True if it was done, false if the disk is full. What `frees` space is done also then.
+    fn answered(&mut self, result: Result<(), WriteError>, frees: bool) -> Result<bool, Stopped> {
         match result {
+            Err(error @ WriteError::NoSpace) if frees => {
+                panic!("deletes and discards work on a full disk, but: {error}")
+            }
             Ok(()) => self.tell(Event::Done),
             Err(WriteError::NoSpace) => self.tell(Event::Refused),
             Err(error @ WriteError::Failed(_)) => return Err(Stopped(error.to_string())),

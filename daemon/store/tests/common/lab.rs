@@ -5,6 +5,9 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+
 /// Set in the process that has the namespace, to the name of its test.
 const INSIDE: &str = "SHEEPDOG_STORE_LAB";
 const DIR: &str = "SHEEPDOG_STORE_LAB_DIR";
@@ -230,5 +233,68 @@ impl Disk {
     pub fn discard(self) {
         self.unmount();
         std::fs::remove_file(&self.image).expect("its image");
+    }
+}
+
+/// A file of somebody else that takes space.
+pub struct Hog(Option<File>);
+
+impl Hog {
+    pub fn new(disk: &Disk) -> Self {
+        Self(Some(File::create(disk.at().join("hog")).expect("an empty file")))
+    }
+
+    /// Lets go of the file, so that the disk can be unmounted, until [`Hog::reopen`].
+    pub fn close(&mut self) {
+        self.0 = None;
+    }
+
+    /// After the disk was mounted again.
+    pub fn reopen(&mut self, disk: &Disk) {
+        let mut options = File::options();
+        options.write(true).create(true).truncate(false);
+        self.0 = Some(options.open(disk.at().join("hog")).expect("a healthy file system"));
+    }
+
+    fn file(&self) -> &File {
+        self.0.as_ref().expect("open while the disk is mounted")
+    }
+
+    /// Takes what there is, except `spare` MiB.
+    pub fn take_all_but(&self, spare: u64) {
+        let stat = rustix::fs::fstatvfs(self.file()).expect("it is mounted");
+        let free = stat.f_bavail * stat.f_frsize;
+        let held = self.file().metadata().expect("it is open").len();
+        // Space that others have got but not yet used may be counted as free.
+        let _ = self.extend(held, free.saturating_sub(spare << 20));
+    }
+
+    /// Takes all space, to the last block.
+    pub fn take_all(&self) {
+        // What was freed is there when the journal has been written.
+        for _ in 0..2 {
+            self.file().sync_all().expect("a healthy file system");
+            rustix::fs::syncfs(self.file()).expect("a healthy file system");
+            let mut len = self.file().metadata().expect("it is open").len();
+            let mut more = 64 << 20;
+            while more >= 4096 {
+                match self.extend(len, more) {
+                    Ok(()) => len += more,
+                    Err(Errno::NOSPC) => more /= 2,
+                    Err(error) => panic!("{error}"),
+                }
+            }
+        }
+        let stat = rustix::fs::fstatvfs(self.file()).expect("it is mounted");
+        assert!(stat.f_bavail * stat.f_frsize < 1 << 20, "{} blocks left", stat.f_bavail);
+    }
+
+    fn extend(&self, from: u64, more: u64) -> rustix::io::Result<()> {
+        rustix::fs::fallocate(self.file(), FallocateFlags::empty(), from, more.max(1))
+    }
+
+    /// Gives all back.
+    pub fn release(&self) {
+        self.file().set_len(0).and_then(|()| self.file().sync_all()).expect("truncation needs no space");
     }
 }
