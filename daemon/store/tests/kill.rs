@@ -8,7 +8,7 @@ use std::time::Duration;
 use common::history::{Found, History};
 use common::lab::{Disk, Fs};
 use common::worker::{Task, Worker};
-use common::{IDS, Rng, creation_options, lab, opening_options};
+use common::{Rng, lab, opening_options};
 use sheepdog_store::Store;
 
 /// A new store is made after so many rounds.
@@ -51,9 +51,7 @@ fn kill_again_and_again(name: &str, dir: &Path, rounds: u64) {
     let (mut lost, mut spared) = (0, 0);
     for round in 0..rounds {
         if round % ROUNDS_PER_STORE == 0 {
-            // There is none the first time.
-            let _ = std::fs::remove_dir_all(&dir);
-            Store::create(&dir, IDS, creation_options(&mut rng)).unwrap().close().unwrap();
+            common::new_store(&dir, &mut rng);
             history = History::new(seed);
         }
         let worker = Worker::start(history, &dir, seed, round, Task::Write);

@@ -9,7 +9,7 @@ use std::time::Duration;
 use common::history::{Bounds, Found, History};
 use common::lab::{Disk, Fs};
 use common::worker::{Task, Worker};
-use common::{IDS, Rng, creation_options, lab, opening_options};
+use common::{Rng, lab, opening_options};
 use sheepdog_store::Store;
 
 /// A new store is made after so many rounds.
@@ -45,12 +45,6 @@ fn i3_flushed_writes_are_in_every_image_of_xfs() {
     lab::run(name, &[Fs::Xfs], |dir| copy_again_and_again(name, Fs::Xfs, dir));
 }
 
-fn new_store(dir: &Path, rng: &mut Rng) {
-    // There is none the first time.
-    let _ = std::fs::remove_dir_all(dir);
-    Store::create(dir, IDS, creation_options(rng)).unwrap().close().unwrap();
-}
-
 /// `xfs_io shutdown`: the file system writes nothing any more, whatever was not synced is gone.
 fn cut_again_and_again(name: &str, fs: Fs, dir: &Path) {
     let (seed, rounds) = (common::seed(name), common::rounds(24));
@@ -61,16 +55,19 @@ fn cut_again_and_again(name: &str, fs: Fs, dir: &Path) {
     let (mut lost, mut spared, mut flushes) = (0, 0, 0);
     for round in 0..rounds {
         if round % ROUNDS_PER_STORE == 0 {
-            new_store(&store, &mut rng);
+            common::new_store(&store, &mut rng);
             history = History::new(seed);
         }
         history = run_until_cut(history, &disk, &store, (seed, round), &mut rng);
         let bounds = history.flushed();
         let found = check_twice(&history, &store, &bounds, &mut rng);
-        (lost, spared, flushes) = (lost + found.lost, spared + found.spared, history.flushes + flushes);
+        (lost, spared, flushes) =
+            (lost + found.lost, spared + found.spared, history.flushes + flushes);
         history.settle(&found);
     }
-    println!("{name}: {rounds} cuts, {flushes} flushes; not flushed: {spared} writes there, {lost} lost");
+    println!(
+        "{name}: {rounds} cuts, {flushes} flushes; not flushed: {spared} writes there, {lost} lost"
+    );
     assert!(rounds < 10 || lost > 0, "the power cuts did not take anything");
     assert!(rounds < 10 || flushes > 0, "nothing was ever flushed");
 }
@@ -124,7 +121,7 @@ fn copy_again_and_again(name: &str, fs: Fs, dir: &Path) {
     let copy = dir.join("copy");
     let (mut lost, mut spared, mut round) = (0, 0, 0);
     while round < rounds {
-        new_store(&store, &mut rng);
+        common::new_store(&store, &mut rng);
         let mut worker = Worker::start(History::new(seed), &store, seed, round, Task::Write);
         for _ in 0..ROUNDS_PER_STORE.min(rounds - round) {
             round += 1;

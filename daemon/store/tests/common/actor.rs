@@ -5,9 +5,7 @@ use std::collections::BTreeMap;
 use sheepdog_store::{Applied, Payload, ReadError, Store, WriteError};
 use sheepdog_types::{BLOCK_SIZE, Layer, LayerKey, Version, WriterGen};
 
-use super::content::{
-    Cell, Change, LayerModel, Op, bytes_of, crcs_of, identify, install_image,
-};
+use super::content::{Cell, Change, LayerModel, Op, bytes_of, crcs_of, identify, install_image};
 use super::history::{Event, Record};
 use super::{LAYERS, OBJECTS, Rng, all_keys, key, keys_of};
 
@@ -31,7 +29,13 @@ pub struct Actor<'a, R> {
 
 impl<'a, R: FnMut(Record)> Actor<'a, R> {
     /// `round` counts the openings of the store.
-    pub fn new(store: &'a Store, seed: u64, writer: u8, round: u64, report: R) -> Result<Self, Stopped> {
+    pub fn new(
+        store: &'a Store,
+        seed: u64,
+        writer: u8,
+        round: u64,
+        report: R,
+    ) -> Result<Self, Stopped> {
         let read = |key| Ok((key, LayerModel::observe(store, seed, key)?));
         let layers = keys_of(writer).map(read).collect::<Result<_, Stopped>>()?;
         Ok(Self {
@@ -92,7 +96,12 @@ impl<'a, R: FnMut(Record)> Actor<'a, R> {
         have.next(writer)
     }
 
-    pub fn write(&mut self, key: LayerKey, least: u64, most: u64) -> Result<Option<WriteError>, Stopped> {
+    pub fn write(
+        &mut self,
+        key: LayerKey,
+        least: u64,
+        most: u64,
+    ) -> Result<Option<WriteError>, Stopped> {
         let (first, count) = self.some_range(least, most);
         self.change(key, Change::Write { first, count })
     }

@@ -81,8 +81,16 @@ impl Cell {
 /// What a change does to its layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
-    Write { first: u16, count: u16 },
-    Clear { first: u16, count: u16, absent: bool, release: bool },
+    Write {
+        first: u16,
+        count: u16,
+    },
+    Clear {
+        first: u16,
+        count: u16,
+        absent: bool,
+        release: bool,
+    },
     /// Its content follows from seed, layer and version.
     Install,
     Delete,
@@ -166,7 +174,8 @@ impl LayerModel {
 
 /// The blocks of an installed layer: runs of data, zeroes and nothing.
 fn install_cells(seed: u64, key: LayerKey, version: Version) -> Vec<Cell> {
-    let stream = header(seed, key, version, 0).into_iter().fold(7, |hash, word| hash64(hash ^ word));
+    let stream =
+        header(seed, key, version, 0).into_iter().fold(7, |hash, word| hash64(hash ^ word));
     let mut rng = Rng::new(seed, stream);
     let mut cells = vec![Cell::Absent; BLOCKS_PER_OBJECT];
     let longest = [8, 40, 300, 3000][rng.below(4) as usize];

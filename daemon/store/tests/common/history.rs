@@ -3,9 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use sheepdog_store::{LayerStat, Store};
-use sheepdog_types::{
-    BLOCK_SIZE, LayerKey, SLOTS, SlotId, Version, WriterGen, hash64,
-};
+use sheepdog_types::{BLOCK_SIZE, LayerKey, SLOTS, SlotId, Version, WriterGen, hash64};
 
 use super::content::{Change, LayerModel, Op};
 use super::{all_keys, key, keys_of};
@@ -204,8 +202,7 @@ impl History {
             Event::Begin(op) => self.begin(writer, &[op]),
             Event::BeginVolume => {
                 let there = |key: &LayerKey| self.layers[key].newest() != Version::NONE;
-                let delete =
-                    |key| Op { key, version: Version::NONE, change: Change::Delete };
+                let delete = |key| Op { key, version: Version::NONE, change: Change::Delete };
                 let ops: Vec<_> = keys_of(writer).filter(there).map(delete).collect();
                 self.begin(writer, &ops);
             }
@@ -373,4 +370,3 @@ fn layer_hash(key: LayerKey, version: Version) -> u64 {
     let words = [key.object.volume.0, place, version.writer.0, version.seq];
     words.into_iter().fold(0, |hash, word| hash64(hash ^ word))
 }
-

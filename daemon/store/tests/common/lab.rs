@@ -52,7 +52,10 @@ pub fn run(name: &str, needs: &[Fs], test: impl FnOnce(&Path)) {
         .env(DIR, dir.path())
         .output()
         .expect("unshare was tried just now");
-    print!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    // Marked, so that nobody takes its summary for that of this process.
+    for text in [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes)) {
+        text.lines().for_each(|line| println!("| {line}"));
+    }
     match output.status.code() {
         Some(0) => {}
         Some(124 | 137) => panic!("{name} hangs: no end within {TIMEOUT_SECONDS} s; see above"),
@@ -62,7 +65,10 @@ pub fn run(name: &str, needs: &[Fs], test: impl FnOnce(&Path)) {
 
 fn skip(name: &str, reason: &str) {
     let required = ["CI", "SHEEPDOG_REQUIRE"].iter().any(|name| std::env::var_os(name).is_some());
-    assert!(!required, "{name} cannot run here, but must (CI or SHEEPDOG_REQUIRE is set): {reason}");
+    assert!(
+        !required,
+        "{name} cannot run here, but must (CI or SHEEPDOG_REQUIRE is set): {reason}"
+    );
     println!("{name}: SKIPPED: {reason}");
 }
 
@@ -82,7 +88,7 @@ fn missing(needs: &[Fs], dir: &Path) -> Option<String> {
         tools.extend(["mkfs.xfs", "xfs_io"]);
     }
     for tool in tools {
-        if !command(tool).arg("--version").output().is_ok_and(|_| true) {
+        if command(tool).arg("--version").output().is_err() {
             return Some(format!("{tool} is not installed (see scripts/lib.sh for packages)"));
         }
     }
@@ -295,6 +301,9 @@ impl Hog {
 
     /// Gives all back.
     pub fn release(&self) {
-        self.file().set_len(0).and_then(|()| self.file().sync_all()).expect("truncation needs no space");
+        self.file()
+            .set_len(0)
+            .and_then(|()| self.file().sync_all())
+            .expect("truncation needs no space");
     }
 }

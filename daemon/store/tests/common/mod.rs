@@ -14,11 +14,13 @@ pub mod history;
 pub mod lab;
 pub mod worker;
 
-use sheepdog_store::{Options, StoreIds};
+use std::path::Path;
+use std::time::Duration;
+
+use sheepdog_store::{Options, Store, StoreIds};
 use sheepdog_types::{
     ClusterId, DiskId, Layer, LayerKey, NodeId, ObjectId, ObjectIndex, VolumeId, hash64,
 };
-use std::time::Duration;
 
 /// Writers of a workload; each has a volume of its own.
 pub const WRITERS: u8 = 3;
@@ -106,4 +108,12 @@ pub fn opening_options(rng: &mut Rng) -> Options {
         checkpoint_after: Duration::from_millis([5, 50, 500, 5000][rng.below(4) as usize]),
         ..Options::default()
     }
+}
+
+/// Makes a new store in `dir`, in place of what is there.
+pub fn new_store(dir: &Path, rng: &mut Rng) {
+    // There is nothing the first time.
+    let _ = std::fs::remove_dir_all(dir);
+    let store = Store::create(dir, IDS, creation_options(rng)).expect("a new store");
+    store.close().expect("nothing to apply");
 }

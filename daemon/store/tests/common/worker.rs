@@ -60,12 +60,11 @@ fn work(dir: &Path, seed: u64, round: u64) {
     };
     report(Record { writer: 0, event: Event::Ready });
     let stop = AtomicBool::new(false);
-    let guarded = |work: &dyn Fn() -> Result<(), Stopped>| {
-        match catch_unwind(AssertUnwindSafe(work)) {
+    let guarded =
+        |work: &dyn Fn() -> Result<(), Stopped>| match catch_unwind(AssertUnwindSafe(work)) {
             Ok(result) => result.unwrap_or_else(stopped),
             Err(_) => std::process::exit(3),
-        }
-    };
+        };
     std::thread::scope(|scope| {
         if std::env::var(IDLE).is_err() {
             for writer in 0..WRITERS {
