@@ -39,7 +39,7 @@ fn i3_acknowledged_writes_survive_sigkill_on_xfs() {
 fn on(fs: Fs, name: &str) {
     lab::run(name, &[fs], |dir| {
         let disk = Disk::make(fs, dir, "disk", 512);
-        kill_again_and_again(name, disk.at(), 100);
+        kill_again_and_again(name, disk.at(), 80);
     });
 }
 

@@ -13,7 +13,7 @@ use common::{Rng, lab, opening_options};
 use sheepdog_store::Store;
 
 /// A new store is made after so many rounds.
-const ROUNDS_PER_STORE: u64 = 10;
+const ROUNDS_PER_STORE: u64 = 8;
 
 /// Not a test: the process that uses the disk.
 #[test]
@@ -47,7 +47,7 @@ fn i3_flushed_writes_are_in_every_image_of_xfs() {
 
 /// `xfs_io shutdown`: the file system writes nothing any more, whatever was not synced is gone.
 fn cut_again_and_again(name: &str, fs: Fs, dir: &Path) {
-    let (seed, rounds) = (common::seed(name), common::rounds(24));
+    let (seed, rounds) = (common::seed(name), common::rounds(20));
     let mut rng = Rng::new(seed, u64::MAX);
     let disk = Disk::make(fs, dir, "disk", 512);
     let store = disk.at().join("store");
@@ -113,7 +113,7 @@ fn check_twice(history: &History, dir: &Path, bounds: &Bounds, rng: &mut Rng) ->
 /// Images of the block device while the store is in use, each of one moment
 /// (see [`Disk::snapshot`]): mounting one is a power-on after a cut at that moment.
 fn copy_again_and_again(name: &str, fs: Fs, dir: &Path) {
-    let (seed, rounds) = (common::seed(name), common::rounds(20));
+    let (seed, rounds) = (common::seed(name), common::rounds(15));
     let mut rng = Rng::new(seed, u64::MAX);
     let outer = Disk::make(Fs::Xfs, dir, "outer", 2048);
     let disk = Disk::make(fs, outer.at(), "disk", 384);

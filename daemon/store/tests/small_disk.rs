@@ -334,10 +334,8 @@ fn come_back(bench: &Bench, store: &Store) {
     // The store looks for space when something changes in it.
     bench.actor(store, 1).clear(first_of(1)).unwrap();
     let mut actor = bench.actor(store, 2);
-    write_when_there_is_space(&mut actor, first_of(2));
-    for key in keys_of(2).take(2) {
-        assert_eq!(actor.write(key, 1024, 1024).unwrap(), None, "there is space");
-    }
+    assert_eq!(actor.delete_volume().unwrap(), None);
+    keys_of(2).take(3).for_each(|key| write_when_there_is_space(&mut actor, key));
     actor.flush().unwrap();
     drop(actor);
     bench.check(store);

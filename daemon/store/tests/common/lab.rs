@@ -11,6 +11,8 @@ use rustix::io::Errno;
 /// Set in the process that has the namespace, to the name of its test.
 const INSIDE: &str = "SHEEPDOG_STORE_LAB";
 const DIR: &str = "SHEEPDOG_STORE_LAB_DIR";
+/// File that a test leaves when it has succeeded.
+const DONE: &str = "done";
 /// Longer than any test takes; then it hangs.
 const TIMEOUT_SECONDS: &str = "240";
 
@@ -39,7 +41,10 @@ impl Fs {
 /// `SHEEPDOG_REQUIRE` is set it fails instead.
 pub fn run(name: &str, needs: &[Fs], test: impl FnOnce(&Path)) {
     if std::env::var(INSIDE).is_ok_and(|inside| inside == name) {
-        return test(Path::new(&std::env::var_os(DIR).expect("set with the name")));
+        let dir = PathBuf::from(std::env::var_os(DIR).expect("set with the name"));
+        test(&dir);
+        File::create(dir.join(DONE)).expect("an empty file");
+        return;
     }
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory in target/");
     if let Some(reason) = missing(needs, dir.path()) {
@@ -47,7 +52,7 @@ pub fn run(name: &str, needs: &[Fs], test: impl FnOnce(&Path)) {
     }
     let inside = std::env::current_exe().expect("this program");
     let output = unshared(&[&"timeout", &"-k", &"5", &TIMEOUT_SECONDS, &inside, &"--exact", &name])
-        .args(["--nocapture", "--test-threads=1"])
+        .args(["--nocapture", "--include-ignored"])
         .env(INSIDE, name)
         .env(DIR, dir.path())
         .output()
@@ -57,7 +62,8 @@ pub fn run(name: &str, needs: &[Fs], test: impl FnOnce(&Path)) {
         text.lines().for_each(|line| println!("| {line}"));
     }
     match output.status.code() {
-        Some(0) => {}
+        // A name that is not that of a test would succeed, too.
+        Some(0) => assert!(dir.path().join(DONE).exists(), "there is no test {name}"),
         Some(124 | 137) => panic!("{name} hangs: no end within {TIMEOUT_SECONDS} s; see above"),
         _ => panic!("{name} failed ({}); see above", output.status),
     }
