@@ -5,10 +5,11 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 TARGET=${CARGO_TARGET_DIR:-$ROOT/target}
 
 # What the tests and the quick start use from Debian. fio and qemu-storage-daemon are measured against,
-# the cloud kernel and busybox are the guest.
+# the cloud kernel and busybox are the guest; the store is tested on ext4 and xfs on loop devices.
 PACKAGES=(
     qemu-system-x86 qemu-utils qemu-block-extra seabios ipxe-qemu
-    linux-image-cloud-amd64 busybox-static cpio e2fsprogs
+    linux-image-cloud-amd64 busybox-static cpio
+    e2fsprogs xfsprogs mount
     fio libnbd-bin nbdkit jq build-essential curl ca-certificates
 )
 # All QEMU packages must be of one version; see need_packages.
@@ -34,7 +35,7 @@ installed() {
 # Installs those of PACKAGES that are missing; without any missing, apt is not touched.
 need_packages() {
     command -v apt-get >/dev/null || die "only Debian and its relatives are set up automatically. \
-Install QEMU with its tools, fio, libnbd, nbdkit, busybox (static), cpio, e2fsprogs, jq, gcc and a kernel with virtio modules"
+Install QEMU with its tools, fio, libnbd, nbdkit, busybox (static), cpio, e2fsprogs, xfsprogs, jq, gcc and a kernel with virtio modules"
     local p missing=()
     for p in "${PACKAGES[@]}"; do
         installed "$p" || missing+=("$p")

@@ -1,95 +1,95 @@
 //! A process that writes is killed with SIGKILL; every write that it had acknowledged is there.
 
-use std::io::{BufRead, BufReader, Write};
+mod common;
+
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use sheepdog_store::{Options, Payload, Store, StoreIds};
-use sheepdog_types::{
-    BLOCK_SIZE, ClusterId, DiskId, Layer, LayerKey, NodeId, ObjectId, ObjectIndex, Version,
-    VolumeId, WriterGen,
-};
+use common::history::{Found, History};
+use common::lab::{Disk, Fs};
+use common::worker::{Task, Worker};
+use common::{Rng, lab, opening_options};
+use sheepdog_store::Store;
 
-const DIR: &str = "SHEEPDOG_STORE_KILL_DIR";
-const OBJECTS: u64 = 8;
+/// A new store is made after so many rounds.
+const ROUNDS_PER_STORE: u64 = 25;
 
-fn options() -> Options {
-    // Small, so that checkpoints are under way when the process dies.
-    Options { log_bytes: 512 << 10, segment_bytes: 64 << 10, ..Options::default() }
-}
-
-fn key(number: u64) -> LayerKey {
-    let object = ObjectId { volume: VolumeId(1), index: ObjectIndex((number % OBJECTS) as u32) };
-    LayerKey { object, layer: Layer(0) }
-}
-
-fn version(seq: u64) -> Version {
-    if seq == 0 { Version::NONE } else { Version { writer: WriterGen(1), seq } }
-}
-
-fn block(number: u64) -> Vec<u8> {
-    number.to_le_bytes().repeat(BLOCK_SIZE / 8)
-}
-
-/// Where write `number` of an object goes.
-fn place(number: u64) -> u16 {
-    (number / OBJECTS % 100) as u16
-}
-
-/// Runs in the child process only: writes from where the store is until it is killed.
+/// Not a test: the process that is killed.
 #[test]
-fn child_writes_until_killed() {
-    let Ok(dir) = std::env::var(DIR) else { return };
-    let store = Store::open(Path::new(&dir), options()).unwrap();
-    let have = |number| store.stat(key(number)).map_or(0, |stat| stat.version.seq);
-    let mut number = (0..OBJECTS).map(have).sum::<u64>();
-    let mut out = std::io::stdout().lock();
-    loop {
-        let (key, seq) = (key(number), number / OBJECTS);
-        let bytes = block(number);
-        let payload = Payload::Data { bytes: &bytes, crcs: &[crc32c::crc32c(&bytes)] };
-        store.write(key, version(seq), version(seq + 1), place(number), payload).unwrap();
-        writeln!(out, "acked {number}").unwrap();
-        number += 1;
-    }
+fn worker() {
+    common::worker::run_if_asked();
 }
 
 #[test]
 fn i3_acknowledged_writes_survive_sigkill() {
-    let dir = tempfile::tempdir().unwrap();
-    let ids = StoreIds { cluster: ClusterId(1), node: NodeId(2), disk: DiskId(3) };
-    Store::create(dir.path(), ids, options()).unwrap().close().unwrap();
-    let mut acked = 0;
-    for round in 1..=5 {
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "child_writes_until_killed", "--nocapture"])
-            .env(DIR, dir.path())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
-        let last_acked = |line: String| line.strip_prefix("acked ")?.parse::<u64>().ok();
-        let goal = acked + 300 * round;
-        acked = lines.by_ref().filter_map(last_acked).find(|&n| n >= goal).unwrap();
-        child.kill().unwrap();
-        child.wait().unwrap();
-        acked = lines.filter_map(last_acked).last().unwrap_or(acked);
-        check(dir.path(), acked);
-    }
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    kill_again_and_again("i3_acknowledged_writes_survive_sigkill", dir.path(), 20);
 }
 
-/// Checks that the writes up to `acked` are there, at most one more, and nothing else.
-fn check(dir: &Path, acked: u64) {
-    let store = Store::open(dir, options()).expect("opens after SIGKILL");
-    let count = (0..OBJECTS).filter_map(|n| store.stat(key(n))).map(|s| s.version.seq).sum::<u64>();
-    // The last line may have been cut off, so one more write may be there.
-    assert!((acked + 1..=acked + 2).contains(&count), "{count} writes, {acked} acknowledged");
-    let first = count.saturating_sub(OBJECTS * 100);
-    let (mut buf, mut crcs) = ([0; BLOCK_SIZE], [0]);
-    for number in first..count {
-        let object = key(number).object;
-        let read = store.read(object, &[Layer(0)], place(number), &mut buf, &mut crcs);
-        read.expect("an undamaged block");
-        assert_eq!(buf[..], block(number), "write {number} of {count}");
+#[test]
+fn i3_acknowledged_writes_survive_sigkill_on_ext4() {
+    on(Fs::Ext4, "i3_acknowledged_writes_survive_sigkill_on_ext4");
+}
+
+#[test]
+fn i3_acknowledged_writes_survive_sigkill_on_xfs() {
+    on(Fs::Xfs, "i3_acknowledged_writes_survive_sigkill_on_xfs");
+}
+
+fn on(fs: Fs, name: &str) {
+    lab::run(name, &[fs], |dir| {
+        let disk = Disk::make(fs, dir, "disk", 512);
+        kill_again_and_again(name, disk.at(), 80);
+    });
+}
+
+fn kill_again_and_again(name: &str, dir: &Path, rounds: u64) {
+    let (seed, rounds) = (common::seed(name), common::rounds(rounds));
+    let mut rng = Rng::new(seed, u64::MAX);
+    let dir = dir.join("store");
+    let mut history = History::new(seed);
+    let (mut lost, mut spared) = (0, 0);
+    for round in 0..rounds {
+        if round % ROUNDS_PER_STORE == 0 {
+            common::new_store(&dir, &mut rng);
+            history = History::new(seed);
+        }
+        let worker = Worker::start(history, &dir, seed, round, Task::Write);
+        if rng.chance(10) {
+            // Any time: while it starts, opens the store, or reads it.
+            std::thread::sleep(Duration::from_micros(rng.below(20_000)));
+        } else {
+            let most = if rng.chance(10) { 400 } else { 100 };
+            worker.wait_for(rng.below(most));
+        }
+        let stopped;
+        (history, stopped) = worker.kill();
+        assert!(!stopped, "the store failed the worker; see above");
+        if rng.chance(20) {
+            // A second one dies when it has just replayed the log, or while it does.
+            let worker = Worker::start(history, &dir, seed, round, Task::Open);
+            if rng.chance(50) {
+                worker.wait_until_ready();
+            } else {
+                std::thread::sleep(Duration::from_micros(rng.below(15_000)));
+            }
+            (history, _) = worker.kill();
+        }
+        let found = check_twice(&history, &dir, &mut rng);
+        (lost, spared) = (lost + found.lost, spared + found.spared);
+        history.settle(&found);
     }
+    println!("{name}: {rounds} rounds; in flight at the end: {spared} done, {lost} not");
+}
+
+/// What was acknowledged is there, also when the store is opened once more.
+fn check_twice(history: &History, dir: &Path, rng: &mut Rng) -> Found {
+    let bounds = history.acknowledged();
+    let store = Store::open(dir, opening_options(rng)).expect("opens after SIGKILL");
+    let found = history.check(&store, &bounds);
+    store.close().expect("the log is applied");
+    let store = Store::open(dir, opening_options(rng)).expect("opens again");
+    let again = history.check(&store, &bounds);
+    assert_eq!(found.states, again.states, "opened twice");
+    found
 }
