@@ -3,7 +3,9 @@
 
 use std::collections::BTreeMap;
 
-use sheepdog_types::{BLOCK_SIZE, Layer, LayerKey, ObjectId, ObjectIndex, Version, VolumeId, WriterGen};
+use sheepdog_types::{
+    BLOCK_SIZE, Layer, LayerKey, ObjectId, ObjectIndex, Version, VolumeId, WriterGen,
+};
 
 use crate::{BlockRange, BlockRun, BlockState, LayerImage, LayerSums};
 
@@ -128,9 +130,9 @@ pub(super) fn through(
     chain: &[Layer],
     block: u16,
 ) -> Option<Block> {
-    chain
-        .iter()
-        .find_map(|layer| model.get(&LayerKey { object, layer: *layer })?.blocks.get(&block).copied())
+    chain.iter().find_map(|layer| {
+        model.get(&LayerKey { object, layer: *layer })?.blocks.get(&block).copied()
+    })
 }
 
 /// A change of the store.

@@ -187,7 +187,8 @@ impl FileState {
                 let offset = page * PAGE as u64 + at as u64;
                 let index = offset / unit as u64 - first;
                 let last = (touching[0].range.end - 1) / unit as u64 - first;
-                let kept = fate(&Unit { name, part: Part::Bytes { index, last }, numbers: &numbers });
+                let kept =
+                    fate(&Unit { name, part: Part::Bytes { index, last }, numbers: &numbers });
                 for change in &touching[..kept] {
                     change.apply(page, part.clone(), &mut content);
                 }
@@ -237,7 +238,10 @@ pub(super) struct Unit<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Part {
     /// A sector: the `index`th of those that the first change touched, of which `last` is the last.
-    Bytes { index: u64, last: u64 },
+    Bytes {
+        index: u64,
+        last: u64,
+    },
     Length,
     Name,
 }

@@ -180,7 +180,8 @@ fn check_reads(engine: &Engine, model: &Model, object: ObjectId) -> Result<(), S
     let read = engine.read(object, &chain, 0, &mut buf, &mut crcs);
     let outcome = read.map_err(|error| format!("{object}: {error}"))?;
     let states = engine.block_states(object, &chain, BlockRange::new(0, count).unwrap());
-    let states = states.iter().flat_map(|run| (run.range.first()..run.range.end()).map(|_| run.state));
+    let states =
+        states.iter().flat_map(|run| (run.range.first()..run.range.end()).map(|_| run.state));
     let mut absent = 0;
     for ((block, bytes), state) in (0u16..).zip(buf.chunks_exact(BLOCK_SIZE)).zip(states) {
         let (tag, expected) = match through(model, object, &chain, block) {
@@ -211,11 +212,7 @@ pub(super) fn check_equal(engine: &Engine, model: &Model) -> Result<(), String> 
 
 /// Runs `work` for all numbers below `count` on all cores. A panic ends the run; its number is
 /// given to `failed` first.
-pub(super) fn in_parallel(
-    count: u64,
-    work: impl Fn(u64) + Sync,
-    failed: impl Fn(u64) + Sync,
-) {
+pub(super) fn in_parallel(count: u64, work: impl Fn(u64) + Sync, failed: impl Fn(u64) + Sync) {
     use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
     let next = AtomicU64::new(0);
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
