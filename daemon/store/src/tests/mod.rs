@@ -1,5 +1,6 @@
 //! Tests that look inside: a medium that loses power, damaged files, full and failing disks.
 
+mod anatomy;
 mod crash;
 mod damage;
 mod enumerate;
