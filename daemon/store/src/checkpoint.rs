@@ -358,7 +358,13 @@ impl Engine {
     }
 
     fn commit(&self, cp: &mut Checkpointer, job: &Job, staged: &[Staged]) -> io::Result<()> {
-        self.medium.sync_all(&[&self.files.data, &self.files.sums, &self.files.index])?;
+        let files = [&self.files.data, &self.files.sums, &self.files.index];
+        let synced = self.medium.sync_all(&files);
+        if let Some(Err(error)) = synced.first() {
+            // Of what was written directly, and is in no log, anything may be lost now.
+            self.fail("cannot make slabs durable", error);
+        }
+        synced.into_iter().collect::<io::Result<()>>()?;
         let mut digest = cp.mark.index_digest;
         for written in staged.iter().flat_map(Staged::records) {
             digest = digest.wrapping_sub(written.old.hash).wrapping_add(written.new.hash);
@@ -418,6 +424,7 @@ impl Engine {
     /// Sets how many blocks may be stored: the capacity given, or what the file system offers
     /// beyond `applied` blocks, less a reserve for the store's own tables.
     pub(crate) fn update_limit(&self, applied: u64) {
+        self.applied_blocks.store(applied, SeqCst);
         let block = BLOCK_SIZE as u64;
         let given = self.options.capacity.map_or(u64::MAX, |bytes| bytes / block);
         let offered = match self.medium.space() {

@@ -69,6 +69,8 @@ pub(crate) struct Engine {
     pub(crate) checkpointer: Mutex<Checkpointer>,
     /// Data blocks that may be stored in all.
     pub(crate) limit: AtomicU64,
+    /// Data blocks in slabs, as of the last checkpoint.
+    pub(crate) applied_blocks: AtomicU64,
     /// Set once, when the log can no longer be trusted to become durable.
     pub(crate) failed: OnceLock<Arc<str>>,
     pub(crate) stuck: Mutex<Option<Stuck>>,
@@ -165,11 +167,15 @@ impl Engine {
     }
 
     fn check_space(&self, more: u64) -> Result<(), WriteError> {
-        let used = self.table.used.load(SeqCst);
-        if more > 0 && used + more > self.limit.load(SeqCst) {
-            return Err(WriteError::NoSpace);
+        let fits = || more == 0 || self.table.used.load(SeqCst) + more <= self.limit.load(SeqCst);
+        if fits() {
+            return Ok(());
         }
-        Ok(())
+        // Others may have freed space, or the file system may have grown.
+        if lock(&self.stuck).is_none() {
+            self.update_limit(self.applied_blocks.load(SeqCst));
+        }
+        if fits() { Ok(()) } else { Err(WriteError::NoSpace) }
     }
 
     /// The log, locked, with room for what is needed, after `check` said yes under that lock.
@@ -668,7 +674,7 @@ impl Engine {
         if direct {
             files.push(&self.files.data);
         }
-        if let Err(error) = self.medium.sync_all(&files) {
+        if let Err(error) = self.medium.sync_all(&files).into_iter().collect::<io::Result<()>>() {
             return Err(FlushError(self.fail("cannot make the log durable", &error)));
         }
         self.durable.store(to, SeqCst);

@@ -140,6 +140,7 @@ pub(crate) fn open(
         syncing: Mutex::default(),
         checkpointer: Mutex::new(checkpointer),
         limit: AtomicU64::new(0),
+        applied_blocks: AtomicU64::new(0),
         failed: OnceLock::new(),
         stuck: Mutex::default(),
         signals: Signals::default(),
@@ -407,8 +408,11 @@ impl Engine {
         if end > mark.log_start {
             // After a mere crash of the process all this may be in the page cache only.
             let mut files = self.ring.files_of(mark.log_start, end);
-            files.push(&self.files.data);
-            self.medium.sync_all(&files).map_err(io("cannot sync the log"))?;
+            if lock(&self.log).direct_to > mark.log_start {
+                files.push(&self.files.data);
+            }
+            let synced: io::Result<()> = self.medium.sync_all(&files).into_iter().collect();
+            synced.map_err(io("cannot sync the log"))?;
         }
         self.durable.store(end, SeqCst);
         {
@@ -429,23 +433,27 @@ impl Engine {
         };
         self.write_mark(&mut checkpointer, next).map_err(io("cannot write the mark"))?;
         if !mark.clean {
-            self.punch_free().map_err(io("cannot release free slabs"))?;
+            self.punch_free();
         }
         self.update_limit(checkpointer.blocks);
         Ok(())
     }
 
-    /// An interrupted checkpoint or write may have written to slabs that are free.
-    fn punch_free(&self) -> io::Result<()> {
-        let end = self.files.data.len()?;
+    /// An interrupted checkpoint or write may have written to slabs that are free. That their
+    /// space comes back can wait: a full file system may have none for that.
+    fn punch_free(&self) {
+        let Ok(end) = self.files.data.len() else { return };
         let log = lock(&self.log);
-        for slab in log.slabs.free() {
-            if slab.offset(0) < end {
-                self.files.data.punch(slab.offset(0), OBJECT_SIZE)?;
+        let used = log.slabs.free().filter(|slab| slab.offset(0) < end);
+        let mut holes: Vec<_> = used.map(|slab| (slab.offset(0), OBJECT_SIZE)).collect();
+        let unused = u64::from(log.slabs.next) * OBJECT_SIZE;
+        holes.extend((unused < end).then(|| (unused, end - unused)));
+        for (offset, len) in holes {
+            if let Err(error) = self.files.data.punch(offset, len) {
+                tracing::warn!(disk = %self.ids.disk, %error, "cannot release the space of free slabs");
+                return;
             }
         }
-        let unused = u64::from(log.slabs.next) * OBJECT_SIZE;
-        if unused < end { self.files.data.punch(unused, end - unused) } else { Ok(()) }
     }
 
     /// Applies the records of the log to the layers in memory. Gives the end of the log.

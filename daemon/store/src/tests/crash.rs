@@ -56,6 +56,10 @@ fn random_op(rng: &mut Rng, now: &Model, large: bool) -> Op {
 fn change(engine: &Engine, history: &Mutex<History>, rng: &mut Rng, large: bool) -> bool {
     let mut history = history.lock().unwrap();
     let op = random_op(rng, history.now(), large);
+    if matches!(op, Op::Merge { .. }) && engine.checkpointer.try_lock().is_err() {
+        // It would wait for the checkpoint in whose midst this is.
+        return true;
+    }
     match op.apply_to_store(engine, history.now()) {
         Ok(()) => history.push(op),
         Err(WriteError::NoSpace) => {}
@@ -88,6 +92,10 @@ fn repeat(engine: &Engine, history: &Mutex<History>, rng: &mut Rng) {
 }
 
 fn flush(engine: &Engine, history: &Mutex<History>) {
+    if engine.syncing.try_lock().is_err() {
+        // In the midst of a sync of the same thread.
+        return;
+    }
     let count = history.lock().unwrap().count();
     if engine.sync_log().is_ok() {
         history.lock().unwrap().durable_to(count);
@@ -193,7 +201,7 @@ impl World {
         drop(engine);
         // What a failed sync left behind looks durable to the next process. That a store cannot
         // see; the documented answer is to replace the disk.
-        let misleading = self.medium.has_dead_pages("log/");
+        let misleading = self.medium.has_dead_pages("log/") || self.medium.has_dead_pages("data");
         let killed = self.medium.has_power() && !misleading && self.rng.chance(30);
         let engine = if killed {
             self.medium.kill();
