@@ -30,6 +30,10 @@ pub struct Options {
     pub sync_after: Duration,
     /// The log is applied and emptied after this time even if it is short.
     pub checkpoint_after: Duration,
+    /// How the slabs are read and written. The log and the tables always use the page cache.
+    pub cache: Cache,
+    /// What carries out I/O that has to wait for the disk.
+    pub io: IoBackend,
     /// Memory for the checksum tables of objects that were used lately: 4 KiB serve 4 MiB.
     pub sums_cache_bytes: u64,
 }
@@ -43,8 +47,53 @@ impl Default for Options {
             sync_after: Duration::from_secs(1),
             checkpoint_after: Duration::from_secs(10),
             sums_cache_bytes: 32 << 20,
+            cache: Cache::Page,
+            io: IoBackend::Auto,
         }
     }
+}
+
+/// Whether slabs go through the page cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Cache {
+    /// Through the page cache: reads of what was used lately do not touch the disk.
+    #[default]
+    Page,
+    /// Past it (`O_DIRECT`): the host's memory is left to the guests, which cache by themselves.
+    Direct,
+}
+
+/// What carries out I/O that has to wait for the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum IoBackend {
+    /// io_uring, or threads where the kernel refuses it.
+    #[default]
+    Auto,
+    /// io_uring only.
+    Uring,
+    /// A few threads.
+    Threads,
+}
+
+impl From<IoBackend> for crate::io::Choice {
+    fn from(backend: IoBackend) -> Self {
+        match backend {
+            IoBackend::Auto => Self::Auto,
+            IoBackend::Uring => Self::Uring,
+            IoBackend::Threads => Self::Threads,
+        }
+    }
+}
+
+/// Blocks that were read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlocksRead {
+    /// What was found.
+    pub outcome: ReadOutcome,
+    /// The blocks.
+    pub data: Vec<u8>,
+    /// The CRC-32C of each.
+    pub crcs: Vec<u32>,
 }
 
 /// A run of blocks inside one object, never empty and never past its end.

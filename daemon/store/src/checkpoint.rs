@@ -18,6 +18,7 @@ use crate::engine::{Engine, Stuck, lock};
 use crate::format::{
     IndexRecord, IndexedLayer, Mark, SECTOR, SUPER_PART, crcs_to_bytes, slot_hash,
 };
+use crate::io::Buffer;
 use crate::layer::{Base, Dropped, Entry, Overlay, Place, SlabRef};
 use crate::states::{CompactStates, States};
 use crate::table::Sums;
@@ -30,6 +31,9 @@ pub(crate) const SUMS_PART: usize = SUMS_BYTES + SECTOR;
 pub(crate) const GROW_SLABS: u32 = 64;
 /// Largest copy to a slab at once.
 const COPY_BLOCKS: usize = 256;
+
+/// Bytes written to slabs at once where that pays.
+const BATCH_BYTES: usize = 8 << 20;
 
 /// Offset of an index record.
 pub(crate) fn index_offset(slab: u32, slot: u8) -> u64 {
@@ -56,6 +60,8 @@ pub(crate) struct Checkpointer {
     pub(crate) blocks: u64,
     /// Reused for copies.
     pub(crate) buf: Vec<u8>,
+    /// Blocks to be written to slabs together.
+    pub(crate) batch: Vec<(u64, Buffer)>,
 }
 
 /// The changes that a checkpoint applies.
@@ -151,6 +157,7 @@ impl Engine {
     fn run(&self, checkpointer: &mut Checkpointer, job: &Job) -> io::Result<()> {
         self.prove(job.to).map_err(|error| io::Error::other(error.0.to_string()))?;
         self.erase_leftovers(checkpointer)?;
+        checkpointer.batch.clear();
         let mut staged = Vec::with_capacity(job.keys.len());
         self.stage_all(checkpointer, job, &mut staged)?;
         self.commit(checkpointer, job, &staged)?;
@@ -217,7 +224,7 @@ impl Engine {
         for layer in staged {
             self.stage(checkpointer, layer)?;
         }
-        Ok(())
+        self.write_batch(checkpointer, 0)
     }
 
     /// Gives back what the layer left, unless another layer still needs it.
@@ -329,9 +336,23 @@ impl Engine {
                     self.damage.report(key, entry.block);
                 }
             }
-            self.files.data.write_at(&[&cp.buf], slab.offset(first.block))?;
+            let offset = slab.offset(first.block);
+            if self.files.data.likes_batches() {
+                cp.batch.push((offset, Buffer::from(&cp.buf[..])));
+                self.write_batch(cp, BATCH_BYTES)?;
+            } else {
+                self.files.data.write_at(&[&cp.buf], offset)?;
+            }
         }
         Ok(())
+    }
+
+    /// Writes the blocks that were put together, if they are at least `bytes`.
+    fn write_batch(&self, cp: &mut Checkpointer, bytes: usize) -> io::Result<()> {
+        if cp.batch.iter().map(|(_, part)| part.len()).sum::<usize>() < bytes {
+            return Ok(());
+        }
+        self.files.data.write_many(std::mem::take(&mut cp.batch))
     }
 
     /// Writes the next index record of `slab` and its copy, and with a layer the checksum table

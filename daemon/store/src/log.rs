@@ -56,6 +56,11 @@ impl Ring {
         self.files[self.file_number(lsn)].read_at(buf, self.offset(lsn))
     }
 
+    /// The file that holds `lsn`, and where in it.
+    pub(crate) fn place(&self, lsn: u64) -> (&Arc<dyn VFile>, u64) {
+        (&self.files[self.file_number(lsn)], self.offset(lsn))
+    }
+
     /// Reads what the page cache holds; false if that is not all.
     pub(crate) fn read_cached(&self, buf: &mut [u8], lsn: u64) -> io::Result<bool> {
         self.files[self.file_number(lsn)].read_cached(buf, self.offset(lsn))

@@ -3,13 +3,16 @@
 //! What is assumed of a medium is written down in `docs/on-disk.md`.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, IoSlice};
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{FallocateFlags, fallocate, statvfs};
-use rustix::io::Errno;
+use rustix::fs::{FallocateFlags, OFlags, fallocate, statvfs};
+use rustix::io::{Errno, ReadWriteFlags};
+
+use crate::api::{Cache, Options};
+use crate::io::{Buffer, Done, IoEngine, Op};
 
 /// One file. All methods may be called from many threads.
 pub(crate) trait VFile: Send + Sync {
@@ -29,6 +32,18 @@ pub(crate) trait VFile: Send + Sync {
     fn allocate(&self, len: u64) -> io::Result<()>;
     /// Gives the space of a range back; it reads as zeroes. A hint: may do nothing.
     fn punch(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// The file, if the [`Medium::io`] engine can work on it.
+    fn handle(&self) -> Option<&Arc<File>> {
+        None
+    }
+    /// Whether many writes at once are better than one after the other.
+    fn likes_batches(&self) -> bool {
+        false
+    }
+    /// Writes all of `parts` to their offsets, in any order.
+    fn write_many(&self, parts: Vec<(u64, Buffer)>) -> io::Result<()> {
+        parts.iter().try_for_each(|(offset, bytes)| self.write_at(&[bytes], *offset))
+    }
 }
 
 /// A directory of files.
@@ -41,34 +56,69 @@ pub(crate) trait Medium: Send + Sync {
     fn sync_all(&self, files: &[&Arc<dyn VFile>]) -> Vec<io::Result<()>> {
         files.iter().map(|file| file.sync()).collect()
     }
+    /// What works on several files at once, if the medium has it.
+    fn io(&self) -> Option<&IoEngine> {
+        None
+    }
     /// Total and available bytes of the file system.
     fn space(&self) -> io::Result<(u64, u64)>;
 }
 
 /// A directory of the operating system.
-pub(crate) struct Directory(pub(crate) PathBuf);
+pub(crate) struct Directory {
+    path: PathBuf,
+    cache: Cache,
+    io: Arc<IoEngine>,
+}
+
+impl Directory {
+    /// Starts the I/O engine for the files in `path`.
+    pub(crate) fn new(path: &Path, options: &Options) -> io::Result<Self> {
+        let io = Arc::new(IoEngine::start("store-io", options.io.into())?);
+        Ok(Self { path: path.into(), cache: options.cache, io })
+    }
+}
 
 impl Medium for Directory {
     fn open(&self, name: &str, create: bool) -> io::Result<Arc<dyn VFile>> {
-        let path = self.0.join(name);
+        let path = self.path.join(name);
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(create).truncate(create);
-        Ok(Arc::new(DiskFile(options.open(path)?)))
+        if self.cache == Cache::Page || name != crate::open::DATA {
+            return Ok(Arc::new(DiskFile(Arc::new(options.open(path)?))));
+        }
+        options.custom_flags(OFlags::DIRECT.bits() as i32);
+        let file = DiskFile(Arc::new(options.open(path)?));
+        Ok(Arc::new(DirectFile { file, io: Arc::clone(&self.io) }))
     }
 
     fn sync_names(&self) -> io::Result<()> {
-        File::open(self.0.join("log"))?.sync_all()?;
-        File::open(&self.0)?.sync_all()
+        File::open(self.path.join("log"))?.sync_all()?;
+        File::open(&self.path)?.sync_all()
+    }
+
+    fn sync_all(&self, files: &[&Arc<dyn VFile>]) -> Vec<io::Result<()>> {
+        let handles: Vec<_> = files.iter().filter_map(|file| file.handle()).collect();
+        if files.len() == 1 || handles.len() != files.len() {
+            return files.iter().map(|file| file.sync()).collect();
+        }
+        let syncs = handles.into_iter().map(|file| Op::Sync { file: Arc::clone(file) });
+        self.io.run(syncs.collect()).into_iter().map(|done| done.result).collect()
+    }
+
+    fn io(&self) -> Option<&IoEngine> {
+        Some(&self.io)
     }
 
     fn space(&self) -> io::Result<(u64, u64)> {
-        let stat = statvfs(&self.0)?;
+        let stat = statvfs(&self.path)?;
         let bytes = |blocks: u64| blocks.saturating_mul(stat.f_frsize);
         Ok((bytes(stat.f_blocks), bytes(stat.f_bavail)))
     }
 }
 
-struct DiskFile(File);
+/// A file in the page cache.
+struct DiskFile(Arc<File>);
 
 impl DiskFile {
     fn write_slowly(&self, parts: &[&[u8]], mut skip: usize, mut offset: u64) -> io::Result<()> {
@@ -85,6 +135,18 @@ impl DiskFile {
 impl VFile for DiskFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         self.0.read_exact_at(buf, offset)
+    }
+
+    fn read_cached(&self, buf: &mut [u8], offset: u64) -> io::Result<bool> {
+        let len = buf.len();
+        let mut slices = [IoSliceMut::new(buf)];
+        match rustix::io::preadv2(&self.0, &mut slices, offset, ReadWriteFlags::NOWAIT) {
+            Ok(done) => Ok(done == len),
+            Err(Errno::AGAIN | Errno::INTR) => Ok(false),
+            // The file system cannot tell.
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.read_at(buf, offset).map(|()| true),
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn write_at(&self, parts: &[&[u8]], offset: u64) -> io::Result<()> {
@@ -135,5 +197,77 @@ impl VFile for DiskFile {
             Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NOSPC) => Ok(()),
             other => Ok(other?),
         }
+    }
+
+    fn handle(&self) -> Option<&Arc<File>> {
+        Some(&self.0)
+    }
+}
+
+/// A file past the page cache (`O_DIRECT`): offsets and lengths are multiples of a block.
+struct DirectFile {
+    file: DiskFile,
+    io: Arc<IoEngine>,
+}
+
+impl DirectFile {
+    fn run(&self, op: Op) -> io::Result<Op> {
+        let done = self.io.run(vec![op]).pop();
+        let Done { op, result } = done.ok_or_else(|| io::Error::other("no answer"))?;
+        result.map(|()| op)
+    }
+}
+
+impl VFile for DirectFile {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        let file = Arc::clone(&self.file.0);
+        let op = self.run(Op::Read { file, offset, buf: Buffer::new(buf.len()) })?;
+        buf.copy_from_slice(&op.into_buffer());
+        Ok(())
+    }
+
+    fn read_cached(&self, _: &mut [u8], _: u64) -> io::Result<bool> {
+        Ok(false)
+    }
+
+    fn write_at(&self, parts: &[&[u8]], mut offset: u64) -> io::Result<()> {
+        let writes = parts.iter().map(|part| {
+            let at = offset;
+            offset += part.len() as u64;
+            (at, Buffer::from(*part))
+        });
+        self.write_many(writes.collect())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync()
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.file.len()
+    }
+
+    fn allocate(&self, len: u64) -> io::Result<()> {
+        self.file.allocate(len)
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.file.punch(offset, len)
+    }
+
+    fn handle(&self) -> Option<&Arc<File>> {
+        Some(&self.file.0)
+    }
+
+    fn likes_batches(&self) -> bool {
+        true
+    }
+
+    fn write_many(&self, parts: Vec<(u64, Buffer)>) -> io::Result<()> {
+        let ops = parts.into_iter().map(|(offset, buf)| {
+            let file = Arc::clone(&self.file.0);
+            Op::Write { file, offset, buf }
+        });
+        self.io.run(ops.collect()).into_iter().try_for_each(|done| done.result)
     }
 }

@@ -241,7 +241,13 @@ fn read_index(
     repair_index(files, &found)?;
     let blocks = found.publish(table, slabs)?;
     slabs.room = u32::try_from(room).unwrap_or(u32::MAX);
-    Ok(Checkpointer { mark, leftovers: found.leftovers, blocks, buf: Vec::new() })
+    Ok(Checkpointer {
+        mark,
+        leftovers: found.leftovers,
+        blocks,
+        buf: Vec::new(),
+        batch: Vec::new(),
+    })
 }
 
 /// What is in `index`.

@@ -15,6 +15,7 @@ use crate::checkpoint::{SUMS_BYTES, sums_offset};
 use crate::engine::Engine;
 use crate::error::ReadError;
 use crate::format::{ZERO_CRC, crcs_from_bytes};
+use crate::io::{Buffer, Op};
 use crate::layer::{Base, LayerState, Located, Place, SlabRef};
 use crate::table::{Shard, Sums};
 
@@ -36,8 +37,27 @@ pub(crate) struct Wanted {
     sums_crc: u32,
 }
 
+impl Wanted {
+    /// Where the table is in `sums`.
+    pub(crate) fn offset(&self) -> u64 {
+        sums_offset(self.slab.slab, self.slab.slot)
+    }
+
+    /// The table from its bytes.
+    pub(crate) fn decode(&self, bytes: &[u8]) -> Result<Arc<Sums>, ReadError> {
+        if bytes.len() != SUMS_BYTES || crc32c::crc32c(bytes) != self.sums_crc {
+            return Err(ReadError::Checksum { key: self.key, block: self.block });
+        }
+        let mut sums = Arc::new([0; SUMS_BYTES / 4]);
+        for (crc, value) in Arc::make_mut(&mut sums).iter_mut().zip(crcs_from_bytes(bytes)) {
+            *crc = value;
+        }
+        Ok(sums)
+    }
+}
+
 /// Checksum tables read for one operation; so it does not depend on what is kept.
-type Loaded = Vec<(SlabRef, Arc<Sums>)>;
+pub(crate) type Loaded = Vec<(SlabRef, Arc<Sums>)>;
 
 /// Adjacent blocks that lie adjacent in one place.
 struct Piece {
@@ -72,6 +92,17 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
+    /// What the blocks must match.
+    pub(crate) fn crcs(&self) -> &[u32] {
+        &self.crcs
+    }
+
+    /// Whether `bytes` are the blocks from `at` on.
+    pub(crate) fn matches(&self, at: usize, bytes: &[u8]) -> bool {
+        let crcs = self.crcs.get(at..at + bytes.len() / BLOCK_SIZE);
+        crcs.is_some_and(|crcs| crate::check::first_mismatch(bytes, crcs).is_none())
+    }
+
     fn push(&mut self, key: LayerKey, block: u16, crc: u32, place: Option<Place>) {
         let at = self.crcs.len();
         self.crcs.push(crc);
@@ -224,35 +255,50 @@ impl Engine {
         wanted: &Wanted,
         loaded: &mut Loaded,
     ) -> Result<bool, ReadError> {
-        if mode == Mode::Cached {
+        let sums = if mode == Mode::Cached {
             let mut bytes = [0; SUMS_BYTES];
-            let at = sums_offset(wanted.slab.slab, wanted.slab.slot);
-            if !matches!(self.files.sums.read_cached(&mut bytes, at), Ok(true)) {
+            if !matches!(self.files.sums.read_cached(&mut bytes, wanted.offset()), Ok(true)) {
                 return Ok(false);
             }
-        }
-        let sums = self.load_sums(wanted)?;
-        self.table.keep_sums(wanted.key.object, wanted.slab, &sums);
+            wanted.decode(&bytes)?
+        } else {
+            self.load_sums(wanted)?
+        };
+        self.keep_sums(wanted, &sums);
         loaded.push((wanted.slab, sums));
         Ok(true)
     }
 
+    pub(crate) fn keep_sums(&self, wanted: &Wanted, sums: &Arc<Sums>) {
+        self.table.keep_sums(wanted.key.object, wanted.slab, sums);
+    }
+
     /// Reads a checksum table from `sums`.
     pub(crate) fn load_sums(&self, wanted: &Wanted) -> Result<Arc<Sums>, ReadError> {
-        let Wanted { key, block, slab, sums_crc } = *wanted;
+        let Wanted { key, block, .. } = *wanted;
         let mut bytes = [0; SUMS_BYTES];
-        match self.files.sums.read_at(&mut bytes, sums_offset(slab.slab, slab.slot)) {
-            Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => {
-                return Err(ReadError::Io { key, block, source: error });
-            }
-            Ok(()) if crc32c::crc32c(&bytes) == sums_crc => {}
-            _ => return Err(ReadError::Checksum { key, block }),
+        match self.files.sums.read_at(&mut bytes, wanted.offset()) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => wanted.decode(&[]),
+            Err(source) => Err(ReadError::Io { key, block, source }),
+            Ok(()) => wanted.decode(&bytes),
         }
-        let mut sums = Arc::new([0; SUMS_BYTES / 4]);
-        for (crc, value) in Arc::make_mut(&mut sums).iter_mut().zip(crcs_from_bytes(&bytes)) {
-            *crc = value;
+    }
+
+    /// The reads that a plan needs, with the first block of each in the caller's buffer; `None` if
+    /// they cannot be done by the I/O engine.
+    pub(crate) fn read_ops(&self, plan: &Plan) -> Option<(Vec<usize>, Vec<Op>)> {
+        let mut ops = (Vec::new(), Vec::new());
+        for piece in &plan.pieces {
+            let Some(place) = piece.place else { continue };
+            let (file, offset) = match place {
+                Place::Log(lsn) => self.ring.place(lsn),
+                Place::Slab(offset) => (&self.files.data, offset),
+            };
+            let buf = Buffer::new(piece.count * BLOCK_SIZE);
+            ops.0.push(piece.at);
+            ops.1.push(Op::Read { file: Arc::clone(file.handle()?), offset, buf });
         }
-        Ok(sums)
+        Some(ops)
     }
 
     /// Whether what a table was read for still is as it was.
@@ -406,7 +452,7 @@ impl Engine {
     }
 }
 
-fn plan_read(
+pub(crate) fn plan_read(
     shard: &Shard,
     loaded: &Loaded,
     newest: LayerKey,
