@@ -5,6 +5,8 @@
 //! printed; put that text into a file of the corpus to keep it. `CASE=path` runs one file alone.
 //! A line `expect …` fixes what opening must answer: `opens`, or `corrupt FILE`.
 
+#![allow(clippy::unwrap_used, reason = "a helper of a test may fail the test")]
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

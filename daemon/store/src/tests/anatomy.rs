@@ -39,6 +39,27 @@ pub(super) enum Kind {
     SlabGarbage,
 }
 
+impl Kind {
+    /// All of them; each must be hit.
+    pub(super) const ALL: [Self; 15] = [
+        Self::Superblock,
+        Self::Mark,
+        Self::RecordHeader,
+        Self::RecordTables,
+        Self::RecordData,
+        Self::RecordPadding,
+        Self::LogTail,
+        Self::LogGarbage,
+        Self::IndexInUse,
+        Self::IndexFree,
+        Self::IndexOther,
+        Self::Sums,
+        Self::SumsOther,
+        Self::SlabBlock,
+        Self::SlabGarbage,
+    ];
+}
+
 /// A structure.
 #[derive(Clone, Debug)]
 pub(super) struct Structure {
@@ -172,16 +193,16 @@ impl Anatomy {
         let number = |record: &Option<IndexRecord>| record.as_ref().map(|r| r.checkpoint);
         let counts = usize::from(number(&pair[1]) > number(&pair[0]));
         let at = |slot: usize, bytes: u64| (u64::from(slab) * 2 + slot as u64) * bytes;
-        for slot in 0..2 {
-            let in_use = pair[slot].as_ref().is_some_and(|record| record.layer.is_some());
-            let (index, sums) = match (slot == counts && pair[slot].is_some(), in_use) {
+        for (slot, record) in pair.iter().enumerate() {
+            let in_use = record.as_ref().is_some_and(|record| record.layer.is_some());
+            let (index, sums) = match (slot == counts && record.is_some(), in_use) {
                 (true, true) => (Kind::IndexInUse, Kind::Sums),
                 (true, false) => (Kind::IndexFree, Kind::SumsOther),
                 _ => (Kind::IndexOther, Kind::SumsOther),
             };
             let sector = SECTOR as u64;
             self.add("index", at(slot, sector), sector, index).place = format!("slab {slab}");
-            let layer = pair[slot].as_ref().and_then(|record| record.layer.as_ref());
+            let layer = record.as_ref().and_then(|record| record.layer.as_ref());
             let mut blocks = BTreeSet::new();
             if let Some(layer) = layer.filter(|_| index == Kind::IndexInUse) {
                 let said =
@@ -201,6 +222,10 @@ impl Anatomy {
             }
             self.add("sums", at(slot, 4096), 4096, sums).blocks = blocks;
         }
+    }
+
+    pub(super) fn structures(&self) -> impl Iterator<Item = &Structure> {
+        self.structures.iter()
     }
 
     /// What the byte at `offset` belongs to.

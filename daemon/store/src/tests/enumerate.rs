@@ -240,6 +240,8 @@ enum Outcome {
     Torn(u64, usize, Tear),
     /// Of this change some units are kept, all else is lost.
     TornOnly(u64, usize, Tear),
+    /// All of this file's changes are lost, all else is kept; or the other way round.
+    File(usize, bool),
     Random(u64),
 }
 
@@ -284,6 +286,8 @@ fn outcomes(disk: &Disk) -> Vec<Outcome> {
             }
         }
     }
+    let files = disk.names().count();
+    outcomes.extend((0..files).flat_map(|n| [Outcome::File(n, false), Outcome::File(n, true)]));
     if unsynced.len() > 1 || unsynced.iter().any(|change| change.sectors > 2) {
         outcomes.extend((0..6).map(Outcome::Random));
     }
@@ -299,6 +303,7 @@ impl Outcome {
             _ => SECTOR,
         };
         fates.push(unit);
+        let names: Vec<String> = disk.names().map(Into::into).collect();
         let mut rng = Rng(0);
         let mut random: Box<dyn FnMut(&Unit<'_>) -> usize> = match self {
             Self::Random(seed) => {
@@ -329,6 +334,7 @@ impl Outcome {
                     through(number)
                 }
                 Self::Only(_) | Self::TornOnly(..) => 0,
+                Self::File(number, keep) => all * usize::from((names[number] == unit.name) == keep),
                 Self::Random(_) => random(unit),
             };
             fates.push(fate);
@@ -418,8 +424,13 @@ fn check_crash_in_open(image: &Disk, found: &Model, place: &str, counts: &Counts
     medium.record();
     drop(open_sim(&medium));
     for (number, disk) in medium.recorded().into_iter().enumerate() {
+        let mut seen = HashSet::new();
         for outcome in outcomes(&disk) {
-            let cut = outcome.apply(disk.clone(), &mut Vec::new());
+            let mut fates = Vec::new();
+            let cut = outcome.apply(disk.clone(), &mut fates);
+            if !seen.insert(fates) {
+                continue;
+            }
             let place = format!("{place}, in opening at {number}, {outcome:?}");
             counts.nested.fetch_add(1, Relaxed);
             check_same(&SimMedium::from_disk(cut), found, &place);

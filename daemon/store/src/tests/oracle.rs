@@ -58,7 +58,7 @@ pub(super) fn crc_of(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0, |crc: u32, byte| {
         let mut crc = crc ^ u32::from(*byte);
         for _ in 0..8 {
-            crc = crc >> 1 ^ (crc & 1) * 0x82F6_3B78;
+            crc = (crc >> 1) ^ ((crc & 1) * 0x82F6_3B78);
         }
         crc
     })

@@ -276,6 +276,10 @@ impl Disk {
         found.into_iter().map(|(number, sectors)| Unsynced { number, sectors }).collect()
     }
 
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.files.keys().map(|name| &**name)
+    }
+
     /// The power goes: `fate` decides for every unit of `unit` bytes.
     pub(super) fn lose(&mut self, unit: usize, fate: &mut dyn FnMut(&Unit<'_>) -> usize) {
         let mut lost = Vec::new();
@@ -422,12 +426,6 @@ impl SimMedium {
         files.any(|(_, file)| file.pending.values().flatten().any(|pending| pending.dead))
     }
 
-    /// Each unit keeps some of its changes with a probability of `keep` percent, else none.
-    pub(super) fn lose_power(&self, rng: &mut Rng, keep: u64) {
-        let unit = if rng.chance(50) { SECTOR } else { PAGE };
-        self.lose(unit, &mut random_fate(rng, keep));
-    }
-
     /// The process died; what it wrote is in the page cache, as un-synced as before.
     pub(super) fn kill(&self) {
         let mut sim = self.0.lock().unwrap();
@@ -526,10 +524,16 @@ pub(super) fn trace() -> bool {
     *TRACE.get_or_init(|| std::env::var_os("TRACE").is_some())
 }
 
-/// Fates for [`SimMedium::lose`]: each unit keeps some of its changes with `keep` percent.
+/// Fates for [`SimMedium::lose`]: each unit keeps some of its changes with `keep` percent; but with
+/// some luck a file keeps all, or nothing, since files are written back one after the other.
 pub(super) fn random_fate(rng: &mut Rng, keep: u64) -> impl FnMut(&Unit<'_>) -> usize + '_ {
+    let by_file = rng.chance(40);
+    let mut file = (String::new(), keep);
     move |unit| {
-        if rng.below(100) >= keep {
+        if by_file && file.0 != unit.name {
+            file = (unit.name.into(), [0, keep, 100][rng.below(3) as usize]);
+        }
+        if rng.below(100) >= file.1 {
             return 0;
         }
         // Mostly all: it is the order between units that hurts.
