@@ -462,7 +462,7 @@ fn check_expectation(expect: &str, result: &Result<(), OpenError>) {
     let fits = match (expect.split_once(' '), result) {
         (None, Ok(())) => expect == "opens",
         (Some(("corrupt", file)), Err(OpenError::Corrupt { file: named, .. })) => file == named,
-        (None, Err(OpenError::NewerFormat { .. })) => expect == "newer",
+        (None, Err(OpenError::OtherFormat { .. })) => expect == "newer",
         (None, Err(OpenError::NotAStore { .. })) => expect == "none",
         _ => false,
     };
@@ -497,7 +497,7 @@ fn run(case: &Case, stores: &BTreeMap<&str, Image>, scratch: &Path) {
             let segment = file.starts_with("log/");
             assert!((segment || names.contains(file)) && !what.is_empty(), "{file}: {what}");
         }
-        Err(OpenError::NotAStore { .. } | OpenError::NewerFormat { .. }) => {}
+        Err(OpenError::NotAStore { .. } | OpenError::OtherFormat { .. }) => {}
         Err(error) => panic!("not a clear error: {error}"),
     }
     if let Some(expect) = &case.expect {
