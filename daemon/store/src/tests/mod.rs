@@ -5,6 +5,7 @@ mod crash;
 mod damage;
 mod enumerate;
 mod full;
+mod later;
 mod model;
 mod oracle;
 mod sim;
