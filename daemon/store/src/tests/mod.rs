@@ -8,5 +8,6 @@ mod full;
 mod later;
 mod model;
 mod oracle;
+mod race;
 mod sim;
 mod support;
