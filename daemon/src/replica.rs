@@ -338,7 +338,10 @@ fn write_failure(error: &WriteError) -> Failure {
         WriteError::Behind { have } => Failure::Behind { have: *have },
         WriteError::Checksum { block } => Failure::Checksum { block: *block },
         WriteError::NoSpace => Failure::NoSpace,
-        WriteError::Failed(_) | WriteError::Invalid(_) => {
+        WriteError::Frozen { .. }
+        | WriteError::Damaged { .. }
+        | WriteError::Failed(_)
+        | WriteError::Invalid(_) => {
             tracing::error!(%error, "a write failed");
             Failure::Disk
         }

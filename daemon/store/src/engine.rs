@@ -545,8 +545,8 @@ impl Engine {
             let Some(log) = log else { return Ok(false) };
             let shard = self.table.shard_of(object);
             let source = shard.get(lower_key);
-            if source.is_some_and(|layer| layer.frozen.is_some()) {
-                // A checkpoint is moving its blocks out of the log. Wait for that.
+            if source.is_some_and(|layer| layer.is_being_applied(log.generation)) {
+                // A checkpoint moves its blocks out of the log, or is about to. Wait for that.
                 drop((shard, log));
                 drop(lock(&self.checkpointer));
                 continue;

@@ -237,6 +237,12 @@ impl LayerState {
         }
     }
 
+    /// Whether a running checkpoint applies changes of the layer, with `generation` being that of
+    /// changes that come now. It may not have got hold of them yet.
+    pub(crate) fn is_being_applied(&self, generation: u64) -> bool {
+        self.frozen.is_some() || self.live.as_ref().is_some_and(|live| live.generation < generation)
+    }
+
     fn overlays(&self) -> impl Iterator<Item = &Overlay> {
         [self.live.as_deref(), self.frozen.as_deref()].into_iter().flatten()
     }
@@ -361,7 +367,10 @@ impl LayerState {
         }
         let (live, fresh) = self.live_mut(generation);
         live.version = version;
-        live.slab = Some(slab);
+        // A checkpoint may have committed the slab's other record since the caller looked.
+        if live.slab.is_none_or(|known| known.slab != slab.slab) {
+            live.slab = Some(slab);
+        }
         live.splice(first, end, entries);
         self.version = version;
         fresh

@@ -7,5 +7,6 @@ mod enumerate;
 mod full;
 mod model;
 mod oracle;
+mod scrub;
 mod sim;
 mod support;
