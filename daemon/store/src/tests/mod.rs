@@ -9,5 +9,6 @@ mod later;
 mod model;
 mod oracle;
 mod race;
+mod scrub;
 mod sim;
 mod support;
