@@ -36,6 +36,7 @@ mod layer;
 mod lockfile;
 mod log;
 mod medium;
+mod offline;
 mod open;
 mod read;
 mod scrub;
@@ -60,6 +61,7 @@ use engine::Engine;
 pub use error::{FlushError, OpenError, ReadError, WriteError};
 use lockfile::LockFile;
 use medium::Directory;
+pub use offline::{DumpItem, DumpValue, Finding, Progress, Report, Severity, Totals, check, dump};
 use read::Mode;
 
 /// The store of one disk.
