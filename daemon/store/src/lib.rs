@@ -30,6 +30,7 @@ mod damage;
 mod engine;
 mod error;
 mod format;
+mod index;
 mod io;
 mod later;
 mod layer;
