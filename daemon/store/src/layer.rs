@@ -306,6 +306,13 @@ impl LayerState {
         }
     }
 
+    /// Whether a checkpoint has begun to apply changes of the layer, or is about to: those of
+    /// generations before the current one.
+    pub(crate) fn is_being_applied(&self, generation: u64) -> bool {
+        let older = |live: &Overlay| live.generation < generation;
+        self.frozen.is_some() || self.live.as_deref().is_some_and(older)
+    }
+
     /// Takes the changes back from a checkpoint that failed; true if no live ones were there.
     pub(crate) fn unfreeze(&mut self, generation: u64) -> bool {
         let Some(frozen) = self.frozen.take() else { return false };
