@@ -13,7 +13,7 @@ use crate::api::{BlockRange, BlockState, Options, StoreIds};
 use crate::background::Signals;
 use crate::checkpoint::{Checkpointer, copy_offset, index_offset, sums_offset};
 use crate::damage::Damage;
-use crate::engine::{Engine, Files, install_entries, lock};
+use crate::engine::{DIRECT_BLOCKS, Engine, Files, install_entries, lock};
 use crate::error::OpenError;
 use crate::format::{
     FORMAT, Header, IndexRecord, IndexedLayer, Kind, Mark, NO_SLAB, SECTOR, SUPER_PART, SuperError,
@@ -127,6 +127,7 @@ pub(crate) fn open(
     let engine = Engine {
         ids: superblock.ids,
         options,
+        direct_blocks: DIRECT_BLOCKS,
         medium,
         files,
         ring,
@@ -208,8 +209,8 @@ fn read_mark(file: &dyn VFile) -> Result<Mark, OpenError> {
     Ok(newest)
 }
 
-/// Loads what the checkpoint `mark` committed. If the records are not just those, each is looked
-/// for in its copy too.
+/// Loads what the checkpoint `mark` committed. If the records are not just those, they are looked
+/// for in their copies too.
 fn read_index(
     files: &Files,
     table: &Table,
@@ -221,22 +222,20 @@ fn read_index(
     let room = (index_len / index_offset(1, 0)).min(sums_len / sums_offset(1, 0));
     let mut found = Found::default();
     scan_index(files, index_len, mark, &mut found)?;
-    if found.digest != mark.index_digest {
-        let first = found.damaged.first().copied();
-        found = Found { careful: true, ..Found::default() };
-        scan_index(
-            files,
-            index_len.max(sums_len / sums_offset(1, 0) * index_offset(1, 0)),
-            mark,
-            &mut found,
-        )?;
+    let first = found.damaged.first().copied();
+    let all_len = index_len.max(sums_len / sums_offset(1, 0) * index_offset(1, 0));
+    for copies in [Copies::OfDamaged, Copies::IfNewer] {
         if found.digest != mark.index_digest {
-            let what = first.map_or_else(
-                || "records are missing or from another time".into(),
-                |slab| format!("a record of slab {slab} is damaged, and so is its copy in sums"),
-            );
-            return Err(OpenError::corrupt(INDEX, what));
+            found = Found { copies, ..Found::default() };
+            scan_index(files, all_len, mark, &mut found)?;
         }
+    }
+    if found.digest != mark.index_digest {
+        let what = first.map_or_else(
+            || "records are missing or from another time".into(),
+            |slab| format!("a record of slab {slab} is damaged, and so is its copy in sums"),
+        );
+        return Err(OpenError::corrupt(INDEX, what));
     }
     repair_index(files, &found)?;
     let blocks = found.publish(table, slabs)?;
@@ -250,11 +249,22 @@ fn read_index(
     })
 }
 
+/// Which copies of index records count.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Copies {
+    #[default]
+    None,
+    /// Those of records that are damaged. A whole record is better than its copy: that may be what
+    /// an interrupted checkpoint left, whose record was lost.
+    OfDamaged,
+    /// Also those newer than their record, or without one: it may be lost.
+    IfNewer,
+}
+
 /// What is in `index`.
 #[derive(Default)]
 struct Found {
-    /// Look at the copies too.
-    careful: bool,
+    copies: Copies,
     digest: u64,
     /// Slabs with a record that is neither whole nor empty, up to a number.
     damaged: Vec<u32>,
@@ -304,12 +314,18 @@ impl Found {
         let mut repair = None;
         for (slot, bytes) in (0u8..).zip(bytes.chunks_exact(SECTOR)) {
             let Some(bytes) = bytes.first_chunk::<SECTOR>() else { continue };
-            let copy = if self.careful { read_copy(files, slab, slot)? } else { [0; SECTOR] };
+            let own = IndexRecord::decode(bytes, slab);
+            let copy = match self.copies {
+                Copies::OfDamaged if own.is_none() && *bytes != [0; SECTOR] => {
+                    read_copy(files, slab, slot)?
+                }
+                Copies::IfNewer => read_copy(files, slab, slot)?,
+                _ => [0; SECTOR],
+            };
             if *bytes == [0; SECTOR] && copy == [0; SECTOR] {
                 continue;
             }
             self.next = self.next.max(slab + 1);
-            let own = IndexRecord::decode(bytes, slab);
             if own.is_none() && *bytes != [0; SECTOR] && self.damaged.len() < 16 {
                 self.damaged.push(slab);
             }
