@@ -30,7 +30,7 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// A write of so many blocks goes straight to the slab if nothing is there: it then costs half the
 /// bytes, but a flush has a second file to sync.
-const DIRECT_BLOCKS: usize = 64;
+pub(crate) const DIRECT_BLOCKS: usize = 64;
 
 /// The files beside the log.
 pub(crate) struct Files {
@@ -51,6 +51,8 @@ pub(crate) enum Stuck {
 pub(crate) struct Engine {
     pub(crate) ids: StoreIds,
     pub(crate) options: Options,
+    /// [`DIRECT_BLOCKS`], but tests may take another number.
+    pub(crate) direct_blocks: usize,
     pub(crate) medium: Arc<dyn Medium>,
     pub(crate) files: Files,
     pub(crate) ring: Ring,
@@ -273,7 +275,7 @@ impl Engine {
     ) -> Result<bool, WriteError> {
         let (first, end) = (write.range.first(), write.range.end());
         let takes = |layer: &LayerState| layer.takes_direct(first, end);
-        if write.crcs.len() < DIRECT_BLOCKS
+        if write.crcs.len() < self.direct_blocks
             || !self.table.shard_of(header.key.object).get(header.key).is_none_or(takes)
         {
             return Ok(false);

@@ -28,27 +28,41 @@ pub(crate) struct Loaded {
     pub(crate) blocks: u64,
 }
 
-/// Loads what the checkpoint `mark` committed. If the records are not just those, each is looked
-/// for in its copy too.
+/// Which copies of index records count.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Copies {
+    None,
+    /// Those of records that are damaged. A whole record is better than its copy: that may be what
+    /// an interrupted checkpoint left, whose record was lost.
+    OfDamaged,
+    /// Also those newer than their record, or without one: it may be lost.
+    IfNewer,
+}
+
+/// Loads what the checkpoint `mark` committed. If the records are not just those, they are looked
+/// for in their copies too.
 pub(crate) fn load(files: &Files, mark: Mark, cache_bytes: u64) -> Result<Loaded, OpenError> {
     let index_len = files.index.len().map_err(OpenError::io("cannot read index"))?;
     let sums_len = files.sums.len().map_err(OpenError::io("cannot read sums"))?;
     // After a power cut the file may end with the first record of a pair.
     let in_index = index_len.div_ceil(index_offset(1, 0));
     let in_sums = sums_len / sums_offset(1, 0);
-    let mut scan = Scan::new(files, mark, cache_bytes, false);
-    let scanned = scan.run(in_index);
-    if scanned.is_err() || scan.digest != mark.index_digest {
-        let first_damaged = scan.damaged;
-        scan = Scan::new(files, mark, cache_bytes, true);
-        scan.run(in_index.max(in_sums))?;
-        if scan.digest != mark.index_digest {
-            let what = first_damaged.map_or_else(
-                || "records are missing or from another time".into(),
-                |slab| format!("a record of slab {slab} is damaged, and so is its copy in sums"),
-            );
-            return Err(OpenError::corrupt(INDEX, what));
+    let mut scan = Scan::new(files, mark, cache_bytes, Copies::None);
+    let mut scanned = scan.run(in_index);
+    let first_damaged = scan.damaged;
+    for copies in [Copies::OfDamaged, Copies::IfNewer] {
+        if scanned.is_err() || scan.digest != mark.index_digest {
+            scan = Scan::new(files, mark, cache_bytes, copies);
+            scanned = scan.run(in_index.max(in_sums));
         }
+    }
+    scanned?;
+    if scan.digest != mark.index_digest {
+        let what = first_damaged.map_or_else(
+            || "records are missing or from another time".into(),
+            |slab| format!("a record of slab {slab} is damaged, and so is its copy in sums"),
+        );
+        return Err(OpenError::corrupt(INDEX, what));
     }
     repair(files, &scan.repairs)?;
     let mut loaded = scan.loaded;
@@ -62,8 +76,7 @@ pub(crate) fn load(files: &Files, mark: Mark, cache_bytes: u64) -> Result<Loaded
 struct Scan<'a> {
     files: &'a Files,
     mark: Mark,
-    /// Look at the copies too.
-    careful: bool,
+    copies: Copies,
     digest: u64,
     /// The first slab with a record that is neither whole nor empty.
     damaged: Option<u32>,
@@ -73,7 +86,7 @@ struct Scan<'a> {
 }
 
 impl<'a> Scan<'a> {
-    fn new(files: &'a Files, mark: Mark, cache_bytes: u64, careful: bool) -> Self {
+    fn new(files: &'a Files, mark: Mark, cache_bytes: u64, copies: Copies) -> Self {
         let loaded = Loaded {
             table: Table::new(cache_bytes),
             free: Vec::new(),
@@ -82,7 +95,7 @@ impl<'a> Scan<'a> {
             leftovers: BTreeSet::new(),
             blocks: 0,
         };
-        Self { files, mark, careful, digest: 0, damaged: None, repairs: Vec::new(), loaded }
+        Self { files, mark, copies, digest: 0, damaged: None, repairs: Vec::new(), loaded }
     }
 
     fn run(&mut self, slabs: u64) -> Result<(), OpenError> {
@@ -112,8 +125,21 @@ impl<'a> Scan<'a> {
         let mut repair = None;
         for (slot, bytes) in (0u8..).zip(bytes.chunks_exact(SECTOR)) {
             let Some(bytes) = bytes.first_chunk::<SECTOR>() else { continue };
-            let copy = if self.careful { read_copy(self.files, slab, slot)? } else { [0; SECTOR] };
-            let Some((record, from)) = self.record((slab, slot), bytes, &copy) else { continue };
+            let own = IndexRecord::decode(bytes, slab);
+            let empty = *bytes == [0; SECTOR];
+            let copy = match self.copies {
+                Copies::OfDamaged if own.is_none() && !empty => read_copy(self.files, slab, slot)?,
+                Copies::IfNewer => read_copy(self.files, slab, slot)?,
+                _ => [0; SECTOR],
+            };
+            if empty && copy == [0; SECTOR] {
+                continue;
+            }
+            self.loaded.next = self.loaded.next.max(slab + 1);
+            if own.is_none() && !empty {
+                self.damaged.get_or_insert(slab);
+            }
+            let Some((record, from)) = self.choose(slab, (own, bytes), &copy) else { continue };
             if record.checkpoint > self.mark.checkpoint {
                 self.loaded.leftovers.insert((slab, slot));
             } else if committed.as_ref().is_none_or(|(_, c)| c.checkpoint < record.checkpoint) {
@@ -137,23 +163,14 @@ impl<'a> Scan<'a> {
         Ok(())
     }
 
-    /// The record of a slot, and the bytes it was found in: its own, or those of the copy if that
-    /// is whole and its own are damaged, or are older than it.
-    fn record<'b>(
-        &mut self,
-        (slab, slot): (u32, u8),
-        bytes: &'b [u8; SECTOR],
+    /// A record or its copy, and the bytes of that: the copy if it is whole, and the record is damaged
+    /// or older.
+    fn choose<'b>(
+        &self,
+        slab: u32,
+        (own, bytes): (Option<IndexRecord>, &'b [u8; SECTOR]),
         copy: &'b [u8; SECTOR],
     ) -> Option<(IndexRecord, &'b [u8; SECTOR])> {
-        if *bytes == [0; SECTOR] && *copy == [0; SECTOR] {
-            return None;
-        }
-        self.loaded.next = self.loaded.next.max(slab + 1);
-        let own = IndexRecord::decode(bytes, slab);
-        if own.is_none() && *bytes != [0; SECTOR] {
-            tracing::debug!(slab, slot, "index: a damaged record");
-            self.damaged.get_or_insert(slab);
-        }
         let limit = self.mark.checkpoint;
         let copied = IndexRecord::decode(copy, slab).filter(|copied| {
             own.as_ref().is_none_or(|own| {
@@ -161,11 +178,7 @@ impl<'a> Scan<'a> {
                     || (own.checkpoint < copied.checkpoint && copied.checkpoint <= limit)
             })
         });
-        match (copied, own) {
-            (Some(record), _) => Some((record, copy)),
-            (None, Some(record)) => Some((record, bytes)),
-            (None, None) => None,
-        }
+        copied.map(|record| (record, copy)).or_else(|| own.map(|record| (record, bytes)))
     }
 }
 

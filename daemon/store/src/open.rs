@@ -12,7 +12,7 @@ use crate::api::{BlockRange, BlockState, Options, StoreIds};
 use crate::background::Signals;
 use crate::checkpoint::Checkpointer;
 use crate::damage::Damage;
-use crate::engine::{Engine, Files, install_entries, lock};
+use crate::engine::{DIRECT_BLOCKS, Engine, Files, install_entries, lock};
 use crate::error::OpenError;
 use crate::format::{
     FORMAT, Header, Kind, Mark, NO_SLAB, SECTOR, SUPER_PART, SuperError, Superblock,
@@ -133,6 +133,7 @@ pub(crate) fn open(
     let engine = Engine {
         ids: superblock.ids,
         options,
+        direct_blocks: DIRECT_BLOCKS,
         medium,
         files,
         ring,

@@ -45,7 +45,6 @@ fn i11_any_workload_survives_a_full_ext4() {
 }
 
 #[test]
-#[ignore = "a full xfs punches no holes (ENOSPC), and opening fails with that"]
 fn i11_any_workload_survives_a_full_xfs() {
     let name = "i11_any_workload_survives_a_full_xfs";
     lab::run(name, &[Fs::Xfs], |dir| any_workload(name, Fs::Xfs, dir));
@@ -77,7 +76,6 @@ fn i11_a_store_that_finds_no_space_is_not_created() {
 }
 
 #[test]
-#[ignore = "a store in which nothing changes does not look for space"]
 fn i11_space_that_somebody_else_frees_is_used() {
     let name = "i11_space_that_somebody_else_frees_is_used";
     lab::run(name, &[Fs::Ext4], |dir| {

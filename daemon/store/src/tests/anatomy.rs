@@ -1,16 +1,17 @@
 //! What each byte of a store is for: the map by which tests damage one structure at a time.
 //!
-//! This knows the format (version 1) and changes with it, as does [`expected`], the table of what
+//! This knows the format (version 2) and changes with it, as does [`expected`], the table of what
 //! damage to each kind of structure must lead to.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-use sheepdog_types::{BLOCK_SIZE, LayerKey, OBJECT_SIZE};
+use sheepdog_types::{BLOCK_SIZE, BLOCKS_PER_OBJECT, LayerKey, OBJECT_SIZE};
 
 use super::sim::SimMedium;
-use super::support::{Block, Model};
+use super::support::{Block, Model, tag_of};
 use crate::BlockState;
+use crate::checkpoint::{SUMS_BYTES, copy_offset, index_offset, sums_offset};
 use crate::format::{HEADER, Header, IndexRecord, Kind as Record, Mark, SECTOR, Superblock};
 use crate::log::segment_name;
 
@@ -21,6 +22,7 @@ pub(super) enum Kind {
     Mark,
     RecordHeader,
     RecordTables,
+    /// A block in a record.
     RecordData,
     RecordPadding,
     /// Behind everything that some record proves to have been durable.
@@ -31,17 +33,25 @@ pub(super) enum Kind {
     IndexFree,
     /// The record of a pair that does not count.
     IndexOther,
+    /// The copy of an index record behind its checksum table.
+    IndexCopy,
     Sums,
     SumsOther,
     /// A block that is read from its slab.
     SlabBlock,
+    /// A block that went straight to its slab; only the log knows of it.
+    SlabDirect,
+    /// A block in the slab of a layer that goes, read as one of the layer that it goes into.
+    SlabMerged,
+    /// In a slab that its layer left, as only the log knows.
+    SlabDropped,
     /// A block of a slab that no layer reads, a hole, a free slab.
     SlabGarbage,
 }
 
 impl Kind {
     /// All of them; each must be hit.
-    pub(super) const ALL: [Self; 15] = [
+    pub(super) const ALL: [Self; 19] = [
         Self::Superblock,
         Self::Mark,
         Self::RecordHeader,
@@ -53,9 +63,13 @@ impl Kind {
         Self::IndexInUse,
         Self::IndexFree,
         Self::IndexOther,
+        Self::IndexCopy,
         Self::Sums,
         Self::SumsOther,
         Self::SlabBlock,
+        Self::SlabDirect,
+        Self::SlabMerged,
+        Self::SlabDropped,
         Self::SlabGarbage,
     ];
 }
@@ -86,29 +100,46 @@ pub(super) enum Expected {
 /// The table.
 pub(super) fn expected(structure: &Structure) -> Expected {
     match structure.kind {
-        Kind::Superblock | Kind::Mark => Expected::Unharmed,
-        Kind::RecordHeader
-        | Kind::RecordTables
-        | Kind::RecordData
-        | Kind::IndexInUse
-        | Kind::IndexFree => {
+        Kind::RecordHeader | Kind::RecordTables => {
             Expected::Refused { file: structure.file.clone(), place: structure.place.clone() }
         }
+        // Of these there is a second copy.
+        Kind::Superblock | Kind::Mark => Expected::Unharmed,
+        Kind::IndexInUse | Kind::IndexFree | Kind::IndexCopy => Expected::Unharmed,
+        // These do not count.
         Kind::RecordPadding | Kind::LogTail | Kind::LogGarbage => Expected::Unharmed,
-        Kind::IndexOther | Kind::SumsOther | Kind::SlabGarbage => Expected::Unharmed,
-        Kind::Sums | Kind::SlabBlock => Expected::Reported(structure.blocks.clone()),
+        Kind::IndexOther | Kind::SumsOther => Expected::Unharmed,
+        Kind::SlabDropped | Kind::SlabGarbage => Expected::Unharmed,
+        // Blocks that nobody reads any more do not count either.
+        Kind::RecordData if structure.blocks.is_empty() => Expected::Unharmed,
+        Kind::Sums if structure.blocks.is_empty() => Expected::Unharmed,
+        Kind::RecordData | Kind::Sums => Expected::Reported(structure.blocks.clone()),
+        Kind::SlabBlock | Kind::SlabDirect | Kind::SlabMerged => {
+            Expected::Reported(structure.blocks.clone())
+        }
     }
 }
 
-/// The map of a store that holds `model` and held `applied` at its last checkpoint. It must not
-/// have stopped in order.
+/// The map of a store that holds `model`, in which each block ever written has other bytes. It must
+/// not have stopped in order.
 pub(super) struct Anatomy {
     structures: Vec<Structure>,
+    /// Layers that left their slabs, as the log says.
+    dropped: BTreeSet<LayerKey>,
+}
+
+/// The block of the model that has these bytes, in the same place of its object.
+fn reader(model: &Model, block: u16, bytes: &[u8]) -> Option<(LayerKey, u16)> {
+    let content = Block::Data(tag_of(bytes)?);
+    let holds = |(_, layer): &(_, &super::support::ModelLayer)| {
+        layer.blocks.get(&block).is_some_and(|held| *held == content)
+    };
+    model.iter().find(holds).map(|(key, _)| (*key, block))
 }
 
 impl Anatomy {
-    pub(super) fn of(medium: &SimMedium, applied: &Model, model: &Model) -> Self {
-        let mut this = Self { structures: Vec::new() };
+    pub(super) fn of(medium: &SimMedium, model: &Model) -> Self {
+        let mut this = Self { structures: Vec::new(), dropped: BTreeSet::new() };
         let sector = |file: &str, offset| {
             let bytes = medium.bytes(file, offset, SECTOR);
             *bytes.first_chunk::<SECTOR>().expect("a sector")
@@ -119,14 +150,13 @@ impl Anatomy {
         }
         let superblock = Superblock::decode(&sector("superblock", 0)).expect("a good superblock");
         let mark = Mark::decode(&sector("superblock", 8192)).expect("a good mark");
-        this.add_log(medium, &superblock, &mark);
-        for slab in 0..(medium.file_len("index") / (2 * SECTOR as u64)) as u32 {
+        this.add_log(medium, &superblock, &mark, model);
+        for slab in 0..(medium.file_len("index") / index_offset(1, 0)) as u32 {
             let pair = [0, 1].map(|slot| {
-                let at = (u64::from(slab) * 2 + slot) * SECTOR as u64;
-                IndexRecord::decode(&sector("index", at), slab)
+                IndexRecord::decode(&sector("index", index_offset(slab, slot)), slab)
                     .filter(|record| record.checkpoint <= mark.checkpoint)
             });
-            this.add_slab(slab, &pair, applied, model);
+            this.add_slab(medium, slab, &pair, model);
         }
         this
     }
@@ -142,7 +172,7 @@ impl Anatomy {
         self.structures.last_mut().expect("just pushed")
     }
 
-    fn add_log(&mut self, medium: &SimMedium, superblock: &Superblock, mark: &Mark) {
+    fn add_log(&mut self, medium: &SimMedium, superblock: &Superblock, mark: &Mark, model: &Model) {
         let segment = superblock.segment_bytes;
         let place = |lsn: u64| {
             let number = lsn / segment % u64::from(superblock.segments);
@@ -169,31 +199,69 @@ impl Anatomy {
                 self.add(&file, offset, len, Kind::LogTail);
                 continue;
             }
+            self.note_dropped(&header);
+            let mut at = offset;
             let parts = [
                 (Kind::RecordHeader, HEADER as u64),
                 (Kind::RecordTables, header.table_len() as u64),
-                (Kind::RecordData, header.data_len() as u64),
             ];
-            let mut at = offset;
             for (kind, len) in parts {
                 self.add(&file, at, len, kind).place = format!("offset {offset}");
                 at += len;
+            }
+            for block in header.first..header.first + (header.data_len() / BLOCK_SIZE) as u16 {
+                let bytes = medium.bytes(&file, at, BLOCK_SIZE);
+                let structure = self.add(&file, at, BLOCK_SIZE as u64, Kind::RecordData);
+                structure.blocks = reader(model, block, &bytes).into_iter().collect();
+                at += BLOCK_SIZE as u64;
             }
             self.add(&file, at, offset + len - at, Kind::RecordPadding);
         }
     }
 
+    fn note_dropped(&mut self, header: &Header) {
+        let key = match header.kind {
+            Record::Install | Record::Delete => header.key,
+            Record::Merge => LayerKey { layer: header.lower, ..header.key },
+            _ => return,
+        };
+        self.dropped.insert(key);
+    }
+
     fn add_slab(
         &mut self,
+        medium: &SimMedium,
         slab: u32,
         pair: &[Option<IndexRecord>; 2],
-        applied: &Model,
         model: &Model,
     ) {
         let number = |record: &Option<IndexRecord>| record.as_ref().map(|r| r.checkpoint);
-        let counts = usize::from(number(&pair[1]) > number(&pair[0]));
-        let at = |slot: usize, bytes: u64| (u64::from(slab) * 2 + slot as u64) * bytes;
-        for (slot, record) in pair.iter().enumerate() {
+        let counts = u8::from(number(&pair[1]) > number(&pair[0]));
+        let committed = pair[usize::from(counts)].as_ref();
+        let committed = committed.and_then(|record| record.layer.as_ref());
+        let mut checked = BTreeSet::new();
+        for block in 0..BLOCKS_PER_OBJECT as u16 {
+            let at = u64::from(slab) * OBJECT_SIZE + u64::from(block) * BLOCK_SIZE as u64;
+            let bytes = medium.bytes("data", at, BLOCK_SIZE);
+            if bytes.iter().all(|byte| *byte == 0) {
+                continue;
+            }
+            let reader = reader(model, block, &bytes);
+            let is_data = |states: &crate::states::States| states.get(block) == BlockState::Data;
+            let base = committed.filter(|layer| is_data(&layer.states));
+            let left = || committed.is_some_and(|layer| self.dropped.contains(&layer.key));
+            let kind = match (reader, base) {
+                (Some((key, _)), Some(layer)) if layer.key == key => Kind::SlabBlock,
+                (Some(_), Some(_)) => Kind::SlabMerged,
+                (Some(_), None) => Kind::SlabDirect,
+                (None, _) if left() => Kind::SlabDropped,
+                (None, _) => Kind::SlabGarbage,
+            };
+            checked.extend(reader.filter(|_| base.is_some()));
+            let structure = self.add("data", at, BLOCK_SIZE as u64, kind);
+            structure.blocks = reader.into_iter().collect();
+        }
+        for (slot, record) in (0..).zip(pair) {
             let in_use = record.as_ref().is_some_and(|record| record.layer.is_some());
             let (index, sums) = match (slot == counts && record.is_some(), in_use) {
                 (true, true) => (Kind::IndexInUse, Kind::Sums),
@@ -201,26 +269,12 @@ impl Anatomy {
                 _ => (Kind::IndexOther, Kind::SumsOther),
             };
             let sector = SECTOR as u64;
-            self.add("index", at(slot, sector), sector, index).place = format!("slab {slab}");
-            let layer = record.as_ref().and_then(|record| record.layer.as_ref());
-            let mut blocks = BTreeSet::new();
-            if let Some(layer) = layer.filter(|_| index == Kind::IndexInUse) {
-                let said =
-                    |model: &Model, block| model.get(&layer.key)?.blocks.get(&block).copied();
-                let data = layer.states.blocks(BlockState::Data);
-                // A block that was written since is in the log.
-                let same = data.filter(|block| {
-                    let found = said(model, *block);
-                    matches!(found, Some(Block::Data(_))) && found == said(applied, *block)
-                });
-                blocks = same.map(|block| (layer.key, block)).collect();
+            self.add("index", index_offset(slab, slot), sector, index);
+            self.add("sums", copy_offset(slab, slot), sector, Kind::IndexCopy);
+            let table = self.add("sums", sums_offset(slab, slot), SUMS_BYTES as u64, sums);
+            if sums == Kind::Sums {
+                table.blocks.clone_from(&checked);
             }
-            for (key, block) in &blocks {
-                let offset = u64::from(slab) * OBJECT_SIZE + u64::from(*block) * BLOCK_SIZE as u64;
-                let structure = self.add("data", offset, BLOCK_SIZE as u64, Kind::SlabBlock);
-                structure.blocks = BTreeSet::from([(*key, *block)]);
-            }
-            self.add("sums", at(slot, 4096), 4096, sums).blocks = blocks;
         }
     }
 

@@ -32,14 +32,16 @@
 use std::sync::{Arc, Mutex};
 
 use rustix::io::Errno;
+use sheepdog_types::LayerKey;
 
 use super::sim::{Fault, PAGE, SECTOR, SimMedium, random_fate};
 use super::support::{
     Block, History, LARGE_BLOCKS, Model, ModelLayer, Op, Rng, blocks_of, check_equal, create_sim,
-    has_room, in_parallel, key, large, observe, open_sim, seed, setting, small, version_in,
+    has_room, in_parallel, key, large, log_range, observe, open_sim, seed, setting, small,
+    version_in,
 };
 use crate::engine::Engine;
-use crate::error::WriteError;
+use crate::error::{OpenError, WriteError};
 use crate::{Applied, Payload};
 
 /// Blocks that histories use.
@@ -53,6 +55,8 @@ struct World {
     unit: usize,
     /// Also with writes of [`LARGE_BLOCKS`].
     large: bool,
+    /// Writes of so many blocks go straight to the slab.
+    direct_blocks: usize,
 }
 
 /// A change that the state of the store allows.
@@ -74,12 +78,23 @@ fn random_op(rng: &mut Rng, now: &Model, large: bool) -> Op {
     }
 }
 
+/// Whether it would wait for the checkpoint in whose midst this is.
+fn waits_for_checkpoint(engine: &Engine, op: &Op) -> bool {
+    let Op::Merge { key, lower } = op else { return false };
+    if engine.checkpointer.try_lock().is_ok() {
+        return false;
+    }
+    let generation = engine.log.lock().unwrap().generation;
+    let shard = engine.table.shard_of(key.object);
+    let lower = shard.get(LayerKey { layer: *lower, ..*key });
+    lower.is_some_and(|layer| layer.is_being_applied(generation))
+}
+
 /// Makes a random change; false if the store takes no more.
 fn change(engine: &Engine, history: &Mutex<History>, rng: &mut Rng, large: bool) -> bool {
     let mut history = history.lock().unwrap();
     let op = random_op(rng, history.now(), large);
-    if matches!(op, Op::Merge { .. }) && engine.checkpointer.try_lock().is_err() {
-        // It would wait for the checkpoint in whose midst this is.
+    if waits_for_checkpoint(engine, &op) {
         return true;
     }
     match op.apply_to_store(engine, history.now()) {
@@ -128,10 +143,17 @@ impl World {
     fn new(seed: u64) -> Self {
         let mut rng = Rng(seed);
         let medium = SimMedium::default();
-        let large_store = rng.below(100) == 0;
+        let large_store = rng.below(100) < 3;
         create_sim(&medium, &if large_store { large() } else { small() }).unwrap();
         let unit = if rng.chance(50) { SECTOR } else { PAGE };
-        Self { medium, rng, history: Arc::default(), unit, large: large_store }
+        let direct_blocks = [1, 2, 4, crate::engine::DIRECT_BLOCKS][rng.below(4) as usize];
+        Self { medium, rng, history: Arc::default(), unit, large: large_store, direct_blocks }
+    }
+
+    fn open(&self) -> Result<Engine, OpenError> {
+        let mut engine = open_sim(&self.medium)?;
+        engine.direct_blocks = self.direct_blocks;
+        Ok(engine)
     }
 
     /// A checkpoint in the midst of which others write and flush.
@@ -212,10 +234,10 @@ impl World {
     fn reopen(&mut self) -> Engine {
         while self.rng.chance(30) {
             self.medium.set_fuse(self.rng.below(8));
-            drop(open_sim(&self.medium));
+            drop(self.open());
             self.cut_power();
         }
-        open_sim(&self.medium).unwrap()
+        self.open().unwrap()
     }
 
     /// Ends a life and begins the next.
@@ -227,7 +249,7 @@ impl World {
         let killed = self.medium.has_power() && !misleading && self.rng.chance(30);
         let engine = if killed {
             self.medium.kill();
-            open_sim(&self.medium).unwrap()
+            self.open().unwrap()
         } else {
             self.cut_power();
             self.reopen()
@@ -251,7 +273,7 @@ impl World {
 
 fn one_history(seed: u64) {
     let mut world = World::new(seed);
-    let mut engine = Arc::new(open_sim(&world.medium).unwrap());
+    let mut engine = Arc::new(world.open().unwrap());
     for _ in 0..1 + world.rng.below(3) {
         world.set_trouble();
         world.live(&engine);
@@ -300,4 +322,45 @@ fn i5_i9_what_a_crash_undid_is_not_replayed_after_a_later_checkpoint() {
     engine.checkpoint().unwrap();
     medium.lose(SECTOR, &mut |_| 0);
     check_equal(&open_sim(&medium).unwrap(), &model).unwrap();
+}
+
+/// The changes of the lower layer are on their way from the log to its slab: what the upper one
+/// takes over must not be read from the log once that is released.
+#[test]
+fn i5_a_merge_waits_for_the_checkpoint_that_applies_the_lower_layer() {
+    let medium = SimMedium::default();
+    create_sim(&medium, &small()).unwrap();
+    let engine = Arc::new(open_sim(&medium).unwrap());
+    let mut model = Model::new();
+    let merge = Op::Merge { key: key(1, 0, 1), lower: sheepdog_types::Layer(0) };
+    for (layer, first) in [(0, 3), (1, 5)] {
+        let version = super::support::version(1, 1);
+        let op = Op::Write { key: key(1, 0, layer), version, first, tags: vec![11, 12, 13] };
+        op.apply_to_store(&engine, &model).unwrap();
+        op.apply_to_model(&mut model);
+    }
+    let (to_here, merged) = std::sync::mpsc::channel();
+    let merged = Mutex::new(Some(merged));
+    let (merger, before) = (engine.clone(), model.clone());
+    let started = merge.clone();
+    medium.set_hook(Some(Arc::new(move |_: &str| {
+        // Once, at the first thing that the checkpoint does: it makes the log durable.
+        let Some(merged) = merged.lock().unwrap().take() else { return };
+        let (merger, merge) = (merger.clone(), started.clone());
+        let (before, to_here) = (before.clone(), to_here.clone());
+        std::thread::spawn(move || to_here.send(merge.apply_to_store(&merger, &before)));
+        // A store that does not wait has ample time to merge; one that does makes this wait.
+        let early = merged.recv_timeout(std::time::Duration::from_millis(300));
+        assert!(early.is_err(), "it did not wait: {early:?}");
+    })));
+    engine.checkpoint().unwrap();
+    medium.set_hook(None);
+    // That it is done shows in the layer that goes.
+    while engine.stat(key(1, 0, 0)).is_some() {
+        std::thread::yield_now();
+    }
+    merge.apply_to_model(&mut model);
+    let released = log_range(&engine).0;
+    medium.tamper("log/0000", |flip, _| (0..released).for_each(|at| flip(at, 0xFF)));
+    check_equal(&engine, &model).unwrap();
 }

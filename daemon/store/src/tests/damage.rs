@@ -9,61 +9,70 @@ use sheepdog_types::{BLOCK_SIZE, Layer, LayerKey};
 use super::anatomy::{Anatomy, Expected, Kind, Structure, expected};
 use super::sim::SimMedium;
 use super::support::{
-    Block, Model, Op, Rng, check_equal, image_of, in_parallel, in_single_blocks, key, log_range,
-    new_sim, open_sim, seed, setting, tag_of, versions,
+    Block, Model, ModelLayer, Op, Rng, check_equal, image_of, in_parallel, in_single_blocks, key,
+    log_range, new_sim, open_sim, seed, setting, tag_of, versions,
 };
+use crate::checkpoint::{copy_offset, index_offset};
+use crate::engine::Engine;
 use crate::error::{OpenError, ReadError};
 
 /// A store with checkpoints, flushed changes after the last, and no clean end.
 struct Used {
     medium: SimMedium,
-    /// What it held at its last checkpoint.
-    applied: Model,
     model: Model,
+}
+
+fn change(engine: &Engine, model: &mut Model, op: &Op) {
+    op.apply_to_store(engine, model).unwrap();
+    op.apply_to_model(model);
+}
+
+fn write(model: &Model, key: LayerKey, first: u16, tags: &[u64]) -> Op {
+    let next = super::support::version_in(model, key).seq + 1;
+    Op::Write { key, version: super::support::version(9, next), first, tags: tags.to_vec() }
 }
 
 fn used_store(rng: &mut Rng) -> Used {
     let medium = SimMedium::default();
-    let engine = new_sim(&medium);
+    let mut engine = new_sim(&medium);
+    engine.direct_blocks = 3;
     let mut model = Model::new();
-    let mut change = |model: &mut Model, count: u64| {
+    let random = |model: &mut Model, count: u64, rng: &mut Rng| {
         for _ in 0..count {
-            let op = Op::random(rng, model, 12);
-            op.apply_to_store(&engine, model).unwrap();
-            op.apply_to_model(model);
+            change(&engine, model, &Op::random(rng, model, 12));
         }
     };
     for _ in 0..3 {
-        change(&mut model, 12);
+        random(&mut model, 12, rng);
         engine.checkpoint().unwrap();
     }
-    // A slab that is free, and a write that is not applied, are in each store.
-    let extra = |model: &Model, tag| {
-        let key = key(2, 3, 2);
-        let old = super::support::version_in(model, key);
-        Op::Write {
-            key,
-            version: super::support::version(9, old.seq + 1),
-            first: 3,
-            tags: vec![tag],
-        }
-    };
-    let apply = |model: &mut Model, op: Op| {
-        op.apply_to_store(&engine, model).unwrap();
-        op.apply_to_model(model);
-    };
-    let op = extra(&model, 77);
-    apply(&mut model, op);
+    // In another volume, what is to be found in each store: a slab that is free, ...
+    let [gone, lower, upper, replaced, written] =
+        [(0, 0), (1, 0), (1, 1), (2, 0), (3, 0)].map(|(index, layer)| key(3, index, layer));
+    for (key, tags) in [(gone, 71), (lower, 72), (upper, 74), (replaced, 76), (written, 78)]
+        .map(|(key, tag)| (key, [tag, tag + 1]))
+    {
+        let first = key.layer.0 as u16;
+        let op = write(&model, key, first, &tags);
+        change(&engine, &mut model, &op);
+    }
     engine.checkpoint().unwrap();
-    apply(&mut model, Op::Delete { key: key(2, 3, 2) });
+    change(&engine, &mut model, &Op::Delete { key: gone });
     engine.checkpoint().unwrap();
-    let applied = model.clone();
-    let op = extra(&model, 78);
-    apply(&mut model, op);
+    // ... and not applied, a write in the log over another in the slab, one straight to the slab,
+    // a content for a new slab, a merge.
+    let small = write(&model, written, 0, &[81]);
+    change(&engine, &mut model, &small);
+    let direct = write(&model, written, 5, &[82, 83, 84]);
+    change(&engine, &mut model, &direct);
+    let blocks = [(0, Block::Data(85)), (3, Block::Zero)].into();
+    let layer = ModelLayer { version: super::support::version(9, 7), blocks };
+    change(&engine, &mut model, &Op::Install { key: replaced, layer });
+    change(&engine, &mut model, &Op::Merge { key: upper, lower: lower.layer });
     // Few enough not to fill the log, which would make another checkpoint.
-    change(&mut model, 5);
+    random(&mut model, 5, rng);
     engine.sync_log().unwrap();
-    Used { medium, applied, model }
+    Used { medium, model }
 }
 
 /// Reads each block of each layer alone: all must be right or an error that names them, and no
@@ -122,9 +131,14 @@ fn flip(used: &Used, anatomy: &Anatomy, file: &str, offset: u64, bit: u64) -> Ki
         (Expected::Unharmed, Ok(reported)) => assert!(reported.is_empty(), "{where_}"),
         (Expected::Reported(blocks), Ok(reported)) => {
             assert_eq!(reported, blocks, "{where_}");
-            // The damage stays in its place also when the store goes on.
+            // The damage stays in its place also when the store goes on, and is applied.
+            for what in ["opened again", "applied"] {
+                let again = right_or_reported(&medium, &used.model, &where_).unwrap();
+                assert_eq!(again, blocks, "{where_}, {what}");
+                open_sim(&medium).unwrap().checkpoint().unwrap();
+            }
             let again = right_or_reported(&medium, &used.model, &where_).unwrap();
-            assert_eq!(again, blocks, "{where_}, opened again");
+            assert_eq!(again, blocks, "{where_}, after a checkpoint");
         }
         (Expected::Refused { file: named, place }, Err(OpenError::Corrupt { file, what })) => {
             assert_eq!(file, named, "{where_}");
@@ -171,7 +185,7 @@ fn i7_one_flipped_bit_anywhere_is_repaired_or_contained_or_refused_by_name() {
     let work = |number: u64| {
         let mut rng = Rng(first.wrapping_add(number));
         let used = used_store(&mut rng);
-        let anatomy = Anatomy::of(&used.medium, &used.applied, &used.model);
+        let anatomy = Anatomy::of(&used.medium, &used.model);
         for (file, offset) in places(&used, &anatomy, &mut rng) {
             let kind = flip(&used, &anatomy, &file, offset, rng.below(8));
             *counts.lock().unwrap().entry(kind).or_insert(0) += 1;
@@ -296,7 +310,8 @@ fn random_bytes_as_any_file_give_an_error_or_right_data() {
             match right_or_reported(&medium, &model, &name) {
                 Err(OpenError::Corrupt { file, .. }) => assert_eq!(file, name),
                 Err(error) => panic!("{name}: {error}"),
-                // The layers it hit may have been deleted since.
+                // The layers it hit may have been deleted since; the index has its copies.
+                Ok(reported) if name == "index" => assert!(reported.is_empty()),
                 Ok(_) => assert!(name == "data" || name == "sums", "{name}"),
             }
         }
@@ -317,5 +332,64 @@ fn a_newer_format_is_told_from_damage() {
     match open_sim(&medium).map(|_| ()) {
         Err(OpenError::OtherFormat { found: 3, supported: 2 }) => {}
         other => panic!("{other:?}"),
+    }
+}
+
+/// One layer that is in slab 0.
+fn one_layer(medium: &SimMedium) -> (Engine, Model) {
+    let engine = new_sim(medium);
+    let mut model = Model::new();
+    let op = write(&model, key(1, 0, 0), 0, &[1, 2]);
+    change(&engine, &mut model, &op);
+    engine.checkpoint().unwrap();
+    (engine, model)
+}
+
+#[test]
+fn an_index_record_that_is_damaged_with_its_copy_is_refused_by_name() {
+    let medium = SimMedium::default();
+    let (engine, model) = one_layer(&medium);
+    drop(engine);
+    medium.tamper("index", |flip, _| flip(index_offset(0, 0) + 70, 4));
+    let repaired = medium.copy();
+    check_equal(&open_sim(&repaired).unwrap(), &model).unwrap();
+    // It was written where it belongs.
+    repaired.tamper("sums", |flip, _| flip(copy_offset(0, 0) + 70, 4));
+    check_equal(&open_sim(&repaired).unwrap(), &model).unwrap();
+    medium.tamper("sums", |flip, _| flip(copy_offset(0, 0) + 70, 4));
+    match open_sim(&medium).map(|_| ()) {
+        Err(OpenError::Corrupt { file, what }) => {
+            assert!(file == "index" && what.contains("slab 0"), "{file}: {what}");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Of an interrupted checkpoint an index record was lost, its copy was not, and the next one had no
+/// use for that slab. The copy must not be taken for a record that counts when another is repaired.
+#[test]
+fn a_copy_that_a_crash_left_does_not_hinder_the_repair_of_another_record() {
+    let mut done = false;
+    for fuse in 0.. {
+        let medium = SimMedium::default();
+        let (engine, mut model) = one_layer(&medium);
+        let op = write(&model, key(1, 1, 0), 0, &[3, 4]);
+        change(&engine, &mut model, &op);
+        engine.sync_log().unwrap();
+        medium.set_fuse(fuse);
+        done |= engine.checkpoint().is_ok();
+        medium.lose(512, &mut |unit| usize::from(unit.name == "sums") * unit.numbers.len());
+        let engine = open_sim(&medium).unwrap();
+        change(&engine, &mut model, &Op::Delete { key: key(1, 1, 0) });
+        engine.checkpoint().unwrap();
+        drop(engine);
+        medium.tamper("index", |flip, _| flip(index_offset(0, 0) + 70, 4));
+        match open_sim(&medium) {
+            Ok(engine) => check_equal(&engine, &model).unwrap(),
+            Err(error) => panic!("after {fuse} changes: {error}"),
+        }
+        if done {
+            return;
+        }
     }
 }

@@ -17,10 +17,10 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use super::sim::{Disk, PAGE, Part, SECTOR, SimMedium, Unit, random_fate};
 use super::support::{
-    Block, History, LARGE_BLOCKS, Model, ModelLayer, Op, Rng, check_equal, create_sim, differences,
-    in_parallel, key, large, observe, open_sim, small, version_in,
+    Block, History, Model, ModelLayer, Op, Rng, check_equal, create_sim, differences, in_parallel,
+    key, observe, open_sim, small, version_in,
 };
-use crate::engine::Engine;
+use crate::engine::{DIRECT_BLOCKS, Engine};
 
 /// What a workload is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,8 +29,6 @@ enum Act {
     Write,
     /// Blocks 1 and 2 of it.
     Overlap,
-    /// A whole quarter of another object.
-    Large,
     /// The first block of the object's next layer.
     Snapshot,
     /// Block 1 becomes absent, its space is given back.
@@ -51,10 +49,9 @@ enum Act {
 
 use Act::*;
 
-const ALL: [(char, Act); 13] = [
+const ALL: [(char, Act); 12] = [
     ('W', Write),
     ('O', Overlap),
-    ('L', Large),
     ('S', Snapshot),
     ('D', Discard),
     ('Z', Zeroes),
@@ -66,9 +63,9 @@ const ALL: [(char, Act); 13] = [
     ('C', Checkpoint),
     ('R', Restart),
 ];
-/// For workloads in stores with room for large writes, which are slow: of two operations, of three.
-const WITH_LARGE: [char; 7] = ['L', 'W', 'I', 'V', 'F', 'C', 'R'];
-const WITH_LARGE_FEW: [char; 4] = ['L', 'V', 'F', 'C'];
+/// For workloads of three operations where bytes go straight to slabs, and with a merge.
+const DIRECT: [char; 9] = ['W', 'O', 'S', 'D', 'X', 'I', 'M', 'F', 'C'];
+const MERGING: [char; 7] = ['M', 'W', 'D', 'X', 'I', 'F', 'C'];
 /// For workloads of four operations, and of three where the start matters less.
 const FEW: [char; 5] = ['W', 'D', 'X', 'F', 'C'];
 
@@ -102,7 +99,6 @@ impl Act {
         Some(match self {
             Write => write(object, 0, 2),
             Overlap => write(object, 1, 2),
-            Large => write(key(1, 1, 0), 256, u64::from(LARGE_BLOCKS)),
             Snapshot => write(key(1, 0, 1), 0, 1),
             Discard => clear(1, 1, true, true),
             Zeroes => clear(0, 2, false, false),
@@ -124,33 +120,45 @@ struct Start {
     name: &'static str,
     disk: Disk,
     model: Model,
+    direct_blocks: usize,
+    /// Of workloads of two and of three operations.
+    alphabets: [Vec<char>; 2],
 }
 
 impl Start {
     /// `acts` in a new store; then the process dies, or stops in order.
-    fn new(name: &'static str, options: &crate::Options, acts: &str) -> Self {
+    fn new(name: &'static str, direct_blocks: usize, acts: &str, three: &[char]) -> Self {
         let medium = SimMedium::default();
-        create_sim(&medium, options).unwrap();
-        let mut run = Run::new(medium.clone(), Model::new());
+        create_sim(&medium, &small()).unwrap();
+        let mut run = Run::new(medium.clone(), Model::new(), direct_blocks);
         for (step, letter) in (100..).zip(acts.chars()) {
             run.act(Act::of(letter), step);
         }
         let model = run.history.now().clone();
         drop(run);
-        Self { name, disk: medium.copy().disk(), model }
+        let disk = medium.copy().disk();
+        let alphabets = [ALL.map(|(letter, _)| letter).into(), three.into()];
+        Self { name, disk, model, direct_blocks, alphabets }
     }
 
-    /// All that workloads begin with, but for those with large writes.
+    /// All that workloads begin with.
     fn all() -> Vec<Self> {
+        let all = ALL.map(|(letter, _)| letter);
+        // Writes of two blocks go to the log, or straight to the slab if they are the first there.
+        let (by_log, direct) = (DIRECT_BLOCKS, 2);
         vec![
-            Self::new("empty", &small(), ""),
+            Self::new("empty", by_log, "", &FEW),
+            Self::new("direct", direct, "", &all),
             // Slabs in use, one free, layers, a log to replay.
-            Self::new("used", &small(), "WSCIXCWZSCOF"),
+            Self::new("used", by_log, "WSCIXCWZSCOF", &all),
+            Self::new("used-direct", direct, "WSCIXCWZSCOF", &DIRECT),
+            // Two layers to merge, the lower one in its slab; above it, a part is in the log.
+            Self::new("layers", direct, "WCSCF", &MERGING),
             // The same stopped in order, and near the end of a log segment: the seven writes leave
             // too little for an eighth.
-            Self::new("brim", &small(), "RWSCDRWOWOWOWR"),
+            Self::new("brim", by_log, "RWSCDRWOWOWOWR", &FEW),
             // A log that went round: what lies behind its end are old records.
-            Self::new("round", &small(), "WSCWOWOWOWOCWOWOWOWOCWOWOWOWOCWOWOWOWOCWOF"),
+            Self::new("round", by_log, "WSCWOWOWOWOCWOWOWOWOCWOWOWOWOCWOWOWOWOCWOF", &FEW),
         ]
     }
 }
@@ -160,12 +168,23 @@ struct Run {
     medium: SimMedium,
     engine: Option<Engine>,
     history: History,
+    direct_blocks: usize,
 }
 
 impl Run {
-    fn new(medium: SimMedium, model: Model) -> Self {
-        let engine = Some(open_sim(&medium).unwrap());
-        Self { medium, engine, history: History::of(model) }
+    fn new(medium: SimMedium, model: Model, direct_blocks: usize) -> Self {
+        let history = History::of(model);
+        let mut this = Self { medium, engine: None, history, direct_blocks };
+        this.open();
+        this
+    }
+
+    fn open(&mut self) {
+        // The old one ends first.
+        self.engine = None;
+        let mut engine = open_sim(&self.medium).unwrap();
+        engine.direct_blocks = self.direct_blocks;
+        self.engine = Some(engine);
     }
 
     fn act(&mut self, act: Act, step: u64) {
@@ -175,8 +194,7 @@ impl Run {
             Checkpoint => engine.checkpoint().unwrap(),
             Restart => {
                 engine.shut_down().unwrap();
-                self.engine = None;
-                self.engine = Some(open_sim(&self.medium).unwrap());
+                self.open();
             }
             change => {
                 let op = change.op(self.history.now(), step).expect("a change");
@@ -204,7 +222,8 @@ struct CrashPoint {
 
 /// Runs a workload; gives the points in its last operation.
 fn crash_points(start: &Start, acts: &[Act]) -> Vec<CrashPoint> {
-    let mut run = Run::new(SimMedium::from_disk(start.disk.clone()), start.model.clone());
+    let medium = SimMedium::from_disk(start.disk.clone());
+    let mut run = Run::new(medium, start.model.clone(), start.direct_blocks);
     let (last, before) = acts.split_last().expect("a workload is not empty");
     for (step, act) in (0..).zip(before) {
         run.act(*act, step);
@@ -373,10 +392,10 @@ fn check_workload(start: &Start, letters: &str, counts: &Counts) {
             let place = format!("{place}, {outcome:?}");
             let found = check_image(&image, &point.allowed, &place);
             if special || matches!(outcome, Outcome::Random(0)) {
-                if acts.len() <= 2 && !start.name.starts_with("large") {
+                if acts.len() <= 2 {
                     check_crash_in_open(&image, &found, &place, counts);
                 }
-                check_use(image, found, &place);
+                check_use(image, found, start.direct_blocks, &place);
             }
         }
     }
@@ -439,9 +458,9 @@ fn check_crash_in_open(image: &Disk, found: &Model, place: &str, counts: &Counts
 }
 
 /// The store goes on to work: what the crash left behind is in nobody's way.
-fn check_use(image: Disk, found: Model, place: &str) {
+fn check_use(image: Disk, found: Model, direct_blocks: usize, place: &str) {
     let medium = SimMedium::from_disk(image);
-    let mut run = Run::new(medium.clone(), found);
+    let mut run = Run::new(medium.clone(), found, direct_blocks);
     for (step, act) in (200..).zip([Write, Snapshot, Checkpoint, DeleteLayer, Overlap, Flush]) {
         run.act(act, step);
     }
@@ -459,28 +478,14 @@ fn sequences(alphabet: &[char], len: usize) -> Vec<String> {
 }
 
 /// All workloads: number of the start, letters.
-fn workloads(starts: &[Start], large: usize) -> Vec<(usize, String)> {
-    let letters = ALL.iter().map(|(letter, _)| *letter);
-    let small: Vec<char> = letters.filter(|letter| *letter != 'L').collect();
+fn workloads(starts: &[Start]) -> Vec<(usize, String)> {
     let mut all = Vec::new();
     for (number, start) in starts.iter().enumerate() {
-        let mut some = Vec::new();
-        if number < large {
-            (1..=2).for_each(|len| some.extend(sequences(&small, len)));
-            // The others differ from these only in where the log is.
-            let main = ["empty", "used"].contains(&start.name);
-            some.extend(sequences(if main { &small } else { &FEW }, 3));
-            if start.name == "used" {
-                some.extend(sequences(&FEW, 4));
-            }
-        } else {
-            (1..=2).for_each(|len| some.extend(sequences(&WITH_LARGE, len)));
-            let begins_large = start.model.contains_key(&key(1, 1, 0));
-            if !begins_large {
-                some.extend(sequences(&WITH_LARGE_FEW, 3));
-            }
-            // Without a large write the small stores do.
-            some.retain(|letters| begins_large || letters.contains('L'));
+        let [two, three] = &start.alphabets;
+        let mut some: Vec<String> = (1..=2).flat_map(|len| sequences(two, len)).collect();
+        some.extend(sequences(three, 3));
+        if start.name == "used" {
+            some.extend(sequences(&FEW, 4));
         }
         all.extend(some.into_iter().map(|letters| (number, letters)));
     }
@@ -489,11 +494,8 @@ fn workloads(starts: &[Start], large: usize) -> Vec<(usize, String)> {
 
 #[test]
 fn i3_i5_i6_i9_every_crash_point_of_every_small_workload() {
-    let mut starts = Start::all();
-    let small = starts.len();
-    starts.push(Start::new("large-empty", &large(), ""));
-    starts.push(Start::new("large-used", &large(), "LWCLSF"));
-    let mut workloads = workloads(&starts, small);
+    let starts = Start::all();
+    let mut workloads = workloads(&starts);
     if let Ok(one) = std::env::var("WORKLOAD") {
         let (name, letters) = one.split_once(' ').unwrap_or((&one, ""));
         workloads.retain(|(number, _)| starts[*number].name == name);

@@ -466,7 +466,9 @@ impl SimMedium {
         let file = &sim.disk.files[name];
         let mut buf = vec![0; len];
         let held = file.len.saturating_sub(offset).min(len as u64) as usize;
-        file.read(&mut buf[..held], offset).unwrap();
+        if held > 0 {
+            file.read(&mut buf[..held], offset).unwrap();
+        }
         buf
     }
 

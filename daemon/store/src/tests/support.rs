@@ -19,8 +19,8 @@ use crate::{
 pub(super) const IDS: StoreIds =
     StoreIds { cluster: ClusterId(1), node: NodeId(2), disk: DiskId(3) };
 
-/// Blocks of a write that counts as large.
-pub(super) const LARGE_BLOCKS: u16 = 256;
+/// Blocks of a write that goes straight to the slab in any store.
+pub(super) const LARGE_BLOCKS: u16 = crate::engine::DIRECT_BLOCKS as u16;
 
 /// The seed of a randomised test: from the environment, or new; printed, so that it can be rerun.
 pub(super) fn seed() -> u64 {

@@ -121,8 +121,18 @@ impl<'a, R: FnMut(Record)> Actor<'a, R> {
         self.change(key, Change::Delete)
     }
 
-    /// Changes a layer and notes it.
+    /// The layer that takes writes: the newest of the key's object, if that is newer than `key`.
+    fn newest_from(&self, key: LayerKey) -> LayerKey {
+        let newer = self.layers.range(key..=LayerKey { layer: Layer(u32::MAX), ..key });
+        newer.rev().find(|(_, layer)| layer.exists()).map_or(key, |(newest, _)| *newest)
+    }
+
+    /// Changes a layer and notes it. Writes go to [`Actor::newest_from`] it.
     pub fn change(&mut self, key: LayerKey, change: Change) -> Result<Option<WriteError>, Stopped> {
+        let key = match change {
+            Change::Write { .. } | Change::Clear { .. } => self.newest_from(key),
+            Change::Install | Change::Delete => key,
+        };
         let version = match change {
             Change::Delete => Version::NONE,
             _ => self.next_version(key),
