@@ -87,7 +87,7 @@ fn waits_for_checkpoint(engine: &Engine, op: &Op) -> bool {
     let generation = engine.log.lock().unwrap().generation;
     let shard = engine.table.shard_of(key.object);
     let lower = shard.get(LayerKey { layer: *lower, ..*key });
-    lower.is_some_and(|layer| layer.is_being_applied(generation))
+    lower.is_some_and(|layer| layer.has_changes_before(generation))
 }
 
 /// Makes a random change; false if the store takes no more.
