@@ -349,7 +349,8 @@ impl LayerState {
         })
     }
 
-    /// Changes the blocks `first..end` to `entries`, all in the state `state`. True if the layer
+    /// Changes the blocks `first..end` to `entries`, all in the state `state`; `slab` is what the
+    /// layer has, or gets if it is new. True if the layer
     /// had no change of this generation before.
     pub(crate) fn change(
         &mut self,
@@ -368,7 +369,9 @@ impl LayerState {
         }
         let (live, fresh) = self.live_mut(generation);
         live.version = version;
-        live.slab = Some(slab);
+        // One that is known already may be newer: a checkpoint may have committed its other record
+        // since the caller looked.
+        live.slab.get_or_insert(slab);
         live.splice(first, end, entries);
         self.version = version;
         fresh
