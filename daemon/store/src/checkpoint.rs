@@ -379,13 +379,7 @@ impl Engine {
     }
 
     fn commit(&self, cp: &mut Checkpointer, job: &Job, staged: &[Staged]) -> io::Result<()> {
-        let files = [&self.files.data, &self.files.sums, &self.files.index];
-        let synced = self.medium.sync_all(&files);
-        if let Some(Err(error)) = synced.first() {
-            // Of what was written directly, and is in no log, anything may be lost now.
-            self.fail("cannot make slabs durable", error);
-        }
-        synced.into_iter().collect::<io::Result<()>>()?;
+        self.sync_slabs()?;
         let mut digest = cp.mark.index_digest;
         for written in staged.iter().flat_map(Staged::records) {
             digest = digest.wrapping_sub(written.old.hash).wrapping_add(written.new.hash);
@@ -399,6 +393,21 @@ impl Engine {
             ..cp.mark
         };
         self.write_mark(cp, mark)
+    }
+
+    /// Makes durable what was written for a commit.
+    fn sync_slabs(&self) -> io::Result<()> {
+        let _one = lock(&self.slabs_syncing);
+        if let Some(reason) = self.failed.get() {
+            return Err(io::Error::other(reason.to_string()));
+        }
+        let files = [&self.files.data, &self.files.sums, &self.files.index];
+        let synced = self.medium.sync_all(&files);
+        if let Some(Err(error)) = synced.first() {
+            // Of what was written directly, and is in no log, anything may be lost now.
+            self.fail("cannot make slabs durable", error);
+        }
+        synced.into_iter().collect()
     }
 
     /// Brings the layers in memory to what was committed, and frees what they left.

@@ -47,7 +47,7 @@ pub(crate) enum Stuck {
     Failing(Arc<str>),
 }
 
-/// Lock order: `checkpointer`, `syncing`, `log`, a shard of `table`.
+/// Lock order: `checkpointer`, `syncing`, `slabs_syncing`, `log`, a shard of `table`.
 pub(crate) struct Engine {
     pub(crate) ids: StoreIds,
     pub(crate) options: Options,
@@ -68,6 +68,9 @@ pub(crate) struct Engine {
     /// Changes up to here are in the slabs.
     pub(crate) applied_to: AtomicU64,
     pub(crate) syncing: Mutex<()>,
+    /// Held while the slabs are synced and, if that fails, until the store is out of service: the
+    /// kernel tells of lost bytes once, so whoever syncs next would hear that all is well.
+    pub(crate) slabs_syncing: Mutex<()>,
     pub(crate) checkpointer: Mutex<Checkpointer>,
     /// Data blocks that may be stored in all.
     pub(crate) limit: AtomicU64,
@@ -663,14 +666,15 @@ impl Engine {
 
     /// Syncs the log and what was written directly. The caller holds `syncing`.
     fn sync_all(&self) -> Result<(), FlushError> {
-        if let Some(reason) = self.failed.get() {
-            return Err(FlushError(reason.clone()));
-        }
         let from = self.durable.load(SeqCst);
         let (to, direct) = {
             let log = lock(&self.log);
             (log.end, log.direct_to > from)
         };
+        let _slabs = direct.then(|| lock(&self.slabs_syncing));
+        if let Some(reason) = self.failed.get() {
+            return Err(FlushError(reason.clone()));
+        }
         self.signals.sync_begins();
         let mut files = self.ring.files_of(from, to);
         if direct {

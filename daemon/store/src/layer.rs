@@ -347,7 +347,8 @@ impl LayerState {
         })
     }
 
-    /// Changes the blocks `first..end` to `entries`, all in the state `state`. True if the layer
+    /// Changes the blocks `first..end` to `entries`, all in the state `state`; `slab` is what the
+    /// layer has, or gets if it is new. True if the layer
     /// had no change of this generation before.
     pub(crate) fn change(
         &mut self,

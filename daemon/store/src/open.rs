@@ -145,6 +145,7 @@ pub(crate) fn open(
         durable: AtomicU64::new(mark.log_start),
         applied_to: AtomicU64::new(mark.log_start),
         syncing: Mutex::default(),
+        slabs_syncing: Mutex::default(),
         checkpointer: Mutex::new(checkpointer),
         limit: AtomicU64::new(0),
         applied_blocks: AtomicU64::new(0),

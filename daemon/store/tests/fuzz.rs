@@ -382,8 +382,8 @@ fn stores(scratch: &Path) -> BTreeMap<&'static str, Image> {
     let image = store.image(key(0, 0)).unwrap().unwrap();
     assert!(store.install(key(3, 0), None, &image).unwrap());
     let zero = Payload::Zero { count: 2, absent: false, release: true };
-    let prev = store.stat(key(0, 0)).unwrap().version;
-    store.write(key(0, 0), prev, prev.next(WriterGen(2)), 1, zero).unwrap();
+    let prev = store.stat(key(0, 1)).unwrap().version;
+    store.write(key(0, 1), prev, prev.next(WriterGen(2)), 1, zero).unwrap();
     store.flush_wait().unwrap();
     write(&store, key(3, 0), 5, &[10]);
     store.flush_wait().unwrap();

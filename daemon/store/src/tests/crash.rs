@@ -29,6 +29,7 @@
 //! Not noticed, since nothing depends on them as long as sectors are not torn: which of two good
 //! marks counts while they differ, and a sync between writing the two.
 
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
 use rustix::io::Errno;
@@ -131,6 +132,11 @@ fn repeat(engine: &Engine, history: &Mutex<History>, rng: &mut Rng) {
 fn flush(engine: &Engine, history: &Mutex<History>) {
     if engine.syncing.try_lock().is_err() {
         // In the midst of a sync of the same thread.
+        return;
+    }
+    let direct = || engine.log.lock().unwrap().direct_to > engine.durable.load(SeqCst);
+    if engine.slabs_syncing.try_lock().is_err() && direct() {
+        // It would wait for the same sync.
         return;
     }
     let count = history.lock().unwrap().count();
@@ -363,4 +369,109 @@ fn i5_a_merge_waits_for_the_checkpoint_that_applies_the_lower_layer() {
     let released = log_range(&engine).0;
     medium.tamper("log/0000", |flip, _| (0..released).for_each(|at| flip(at, 0xFF)));
     check_equal(&engine, &model).unwrap();
+}
+
+/// A write is in the midst of its append while a checkpoint commits the layer's other index record.
+#[test]
+fn i5_a_write_during_a_commit_does_not_bring_back_the_record_before() {
+    use std::sync::mpsc::channel;
+    let medium = SimMedium::default();
+    create_sim(&medium, &small()).unwrap();
+    let engine = Arc::new(open_sim(&medium).unwrap());
+    let mut model = Model::new();
+    let key = key(1, 0, 0);
+    let write = |seq| Op::Write {
+        key,
+        version: super::support::version(1, seq),
+        first: 0,
+        tags: vec![seq],
+    };
+    let slab = move |engine: &Engine| {
+        let shard = engine.table.shard_of(key.object);
+        shard.get(key).and_then(|layer| layer.base.as_ref().map(|base| base.slab))
+    };
+    for seq in 1..=2 {
+        write(seq).apply_to_store(&engine, &model).unwrap();
+        write(seq).apply_to_model(&mut model);
+        if seq == 1 {
+            engine.checkpoint().unwrap();
+        }
+    }
+    let old = slab(&engine);
+    let begin = Mutex::new(Some((engine.clone(), model.clone(), write(3))));
+    let (to_checkpoint, in_append) = channel();
+    let in_append = Mutex::new(in_append);
+    let (watched, began) = (engine.clone(), AtomicBool::new(false));
+    medium.set_hook(Some(Arc::new(move |file: &str| {
+        if file == "superblock" {
+            let Some((engine, model, op)) = begin.lock().unwrap().take() else { return };
+            began.store(true, SeqCst);
+            std::thread::spawn(move || op.apply_to_store(&engine, &model).unwrap());
+            in_append.lock().unwrap().recv().unwrap();
+        } else if file.starts_with("log/") && began.load(SeqCst) {
+            to_checkpoint.send(()).unwrap();
+            while slab(&watched) == old {
+                std::thread::yield_now();
+            }
+        }
+    })));
+    engine.checkpoint().unwrap();
+    write(3).apply_to_model(&mut model);
+    while engine.stat(key).is_none_or(|stat| stat.version.seq < 3) {
+        std::thread::yield_now();
+    }
+    medium.set_hook(None);
+    engine.checkpoint().unwrap();
+    drop(engine);
+    check_equal(&open_sim(&medium).unwrap(), &model).unwrap();
+}
+
+/// The kernel tells of bytes that it lost once: to the checkpoint. A flush of what went straight to
+/// slabs, which syncs the same file meanwhile or later, must not be told that all is durable.
+#[test]
+fn i3_what_a_checkpoint_failed_to_sync_is_not_flushed() {
+    let medium = SimMedium::default();
+    create_sim(&medium, &small()).unwrap();
+    let mut engine = open_sim(&medium).unwrap();
+    engine.direct_blocks = 1;
+    let engine = Arc::new(engine);
+    let model = Model::new();
+    let write = |index, tag| Op::Write {
+        key: key(1, index, 0),
+        version: super::support::version(1, 1),
+        first: 0,
+        tags: vec![tag],
+    };
+    write(0, 1).apply_to_store(&engine, &model).unwrap();
+    let (to_here, flushed) = std::sync::mpsc::channel();
+    let flushed = Arc::new(Mutex::new(flushed));
+    let (steps, hooked, outcome) = (Mutex::new(0), medium.clone(), flushed.clone());
+    let (other, second) = (engine.clone(), write(1, 2));
+    medium.set_hook(Some(Arc::new(move |file: &str| {
+        let Ok(mut step) = steps.try_lock() else { return };
+        match (*step, file) {
+            // Of the one layer all is written, now the slabs are to be synced.
+            (0, "index") => {
+                second.apply_to_store(&other, &Model::new()).unwrap();
+                let fault = Fault { prefix: "data", errno: Errno::IO, after: 0, count: 1 };
+                hooked.set_faults(Some(fault));
+                *step = 1;
+            }
+            // That of `data` has failed.
+            (1, "sums") => {
+                *step = 2;
+                let (other, to_here) = (other.clone(), to_here.clone());
+                std::thread::spawn(move || to_here.send(other.sync_log()));
+                drop(step);
+                let limit = std::time::Duration::from_millis(300);
+                let early = outcome.lock().unwrap().recv_timeout(limit);
+                assert!(!matches!(early, Ok(Ok(()))), "a flush of lost bytes");
+            }
+            _ => {}
+        }
+    })));
+    engine.checkpoint().unwrap_err();
+    medium.set_hook(None);
+    flushed.lock().unwrap().recv().unwrap().unwrap_err();
+    engine.sync_log().unwrap_err();
 }

@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
@@ -205,7 +206,19 @@ impl Disk {
         tool(&[&"mount", &"-t", &self.fs.name(), &"-o", &options, &self.image, &self.at]);
     }
 
+    /// No process may have files of it open. The kernel closes those of an I/O ring only some
+    /// time after the process that had it has ended.
     fn unmount(&self) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while Instant::now() < deadline {
+            let output = output(&[&"umount", &self.at]);
+            if output.status.success() {
+                return;
+            }
+            let text = String::from_utf8_lossy(&output.stderr);
+            assert!(text.contains("busy"), "umount: {text}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
         tool(&[&"umount", &self.at]);
     }
 
