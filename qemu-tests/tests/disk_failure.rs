@@ -1,4 +1,5 @@
 //! I2: a disk that fails leaves service by itself; the daemon lives on and so does all I/O.
+//! I7: what a scrub has found damaged is repaired by reading it.
 
 use sheepdog_qemu_tests::{Cluster, Lab, PATIENCE, Scribe, eventually, seed};
 use std::fs::File;
@@ -139,4 +140,45 @@ fn a_failed_disk_leaves_service_and_everything_goes_on() {
     disk.come_back();
     cluster.restart(victim);
     cluster.wait_healthy();
+}
+
+#[test]
+fn what_a_scrub_finds_is_repaired_when_it_is_read() {
+    const BLOCK: u64 = 4096;
+    let lab = Lab::new("scrub");
+    let mut cluster = Cluster::start(&lab, 2);
+    cluster.create("disk", "16M", 2);
+    let content = |block: u64| (0x5EED_0000_0000 + block).to_le_bytes().repeat(BLOCK as usize / 8);
+    let mut client = cluster.export_nbd(0, "disk").connect();
+    for block in 0..16 {
+        client.write(block * BLOCK, &content(block)).unwrap();
+    }
+    client.flush().unwrap();
+    drop(client);
+    cluster.unexport(0, "disk");
+    // A clean stop puts everything into the data file.
+    assert!(cluster.terminate(0).success());
+    let path = cluster.dir(0).join("disk/data");
+    let mut data = std::fs::read(&path).unwrap();
+    let place = data.chunks(BLOCK as usize).position(|bytes| bytes == content(5)).unwrap();
+    data[place * BLOCK as usize + 77] ^= 8;
+    std::fs::write(&path, data).unwrap();
+    cluster.restart(0);
+    cluster.wait_healthy();
+
+    let scrub = || {
+        cluster.dog(0, &["node", "scrub", "start", "--rate", "1G"]);
+        eventually("the scrub to end", PATIENCE, || {
+            let scrubs = cluster.dog(0, &["node", "scrub", "status"]);
+            (scrubs[0]["state"] == "idle").then(|| scrubs[0].clone())
+        })
+    };
+    let found = scrub();
+    assert_eq!(found["damaged_blocks"], 1, "{found}");
+    assert_eq!(found["damaged"][0]["offset"], 5 * BLOCK, "{found}");
+    cluster.wait_status("degraded");
+    let mut client = cluster.export_nbd(0, "disk").connect();
+    assert!(client.read(5 * BLOCK, BLOCK as u32).unwrap() == content(5));
+    cluster.wait_healthy();
+    assert_eq!(scrub()["damaged_blocks"], 0);
 }
