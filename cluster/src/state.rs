@@ -215,7 +215,7 @@ impl ClusterState {
             return Ok(Outcome::Entered { epoch: node.entered }); // a repeated proposal
         }
         let verb = if known.is_some() { "came back" } else { "joined" };
-        let cause = format!("{} {verb}", info.address);
+        let mut cause = format!("{} {verb}", info.address);
         let epoch = self.epoch.next();
         let were_up: Vec<DiskId> =
             self.disks.keys().copied().filter(|d| self.disk_up(*d)).collect();
@@ -232,6 +232,9 @@ impl ClusterState {
             self.enter_disk(info.id, disk, epoch);
         }
         let went_down = self.leave_out(info.id, &info.disks, &were_up, epoch);
+        for disk in &went_down {
+            cause += &format!(" without disk {disk}");
+        }
         self.begin_epoch(EpochRecord { epoch, came_up, went_down, cause, at });
         self.replan(at);
         Ok(Outcome::Entered { epoch: self.epoch })

@@ -1,12 +1,13 @@
 //! Answers what `dog` asks.
 
 use crate::api::{
-    ClusterInfo, DiskInfo, EpochInfo, Health, NodeInfo, Protocol, Request, Response, SlotCounts,
-    Status, VolumeInfo,
+    ClusterInfo, DiskInfo, EpochInfo, Health, NodeInfo, Protocol, Request, Response, ScrubInfo,
+    SlotCounts, Status, VolumeInfo,
 };
-use crate::control::{DiskStats, NodeReply, NodeRequest, NodeStats};
+use crate::control::{DiskHealth, DiskStats, NodeReply, NodeRequest, NodeStats};
 use crate::exports::ExportSpec;
 use crate::node::{Node, now};
+use crate::replica::Disk;
 use serde::Serialize;
 use sheepdog_cluster::command::{Command, Outcome, VolumeSpec, default_min_copies};
 use sheepdog_cluster::gateway::{Config, Phase};
@@ -26,6 +27,8 @@ const VOTERS: usize = 5;
 const EPOCHS_SHOWN: usize = 100;
 /// How long the answers of other nodes are waited for.
 const STATS_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long they are waited for when the health of the cluster is asked for.
+const DISKS_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long an agreed change may take to reach this node.
 const APPLY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long an attach waits for other nodes to fence older writers.
@@ -54,11 +57,21 @@ async fn handle(node: &Arc<Node>, request: Request) -> Result<serde_json::Value,
     match request {
         Request::ClusterInfo => json(cluster_info(node)),
         Request::ClusterHealth => {
+            let disks = all_disks(node).await;
             let node = Arc::clone(node);
-            let health = tokio::task::spawn_blocking(move || health(&node)).await;
+            let health = tokio::task::spawn_blocking(move || health(&node, &disks)).await;
             json(health.map_err(|e| e.to_string())?)
         }
         Request::NodeList => json(node_list(node).await),
+        Request::NodeScrubStart { rate } => {
+            node.scrubbers.iter().try_for_each(|scrubber| scrubber.start(rate))?;
+            json(scrubs(node))
+        }
+        Request::NodeScrubStatus => json(scrubs(node)),
+        Request::NodeScrubPause => {
+            node.scrubbers.iter().for_each(|scrubber| _ = scrubber.pause());
+            json(scrubs(node))
+        }
         Request::VolumeCreate { name, size, copies, min_copies, ack } => {
             let copies = copies.unwrap_or(DEFAULT_COPIES);
             let min_copies = min_copies.unwrap_or_else(|| default_min_copies(copies));
@@ -82,6 +95,11 @@ async fn handle(node: &Arc<Node>, request: Request) -> Result<serde_json::Value,
 
 fn json(value: impl Serialize) -> Result<serde_json::Value, String> {
     serde_json::to_value(value).map_err(|e| e.to_string())
+}
+
+fn scrubs(node: &Node) -> Vec<ScrubInfo> {
+    let state = node.cluster.state();
+    node.scrubbers.iter().map(|scrubber| scrubber.info(&state)).collect()
 }
 
 fn cluster_info(node: &Node) -> ClusterInfo {
@@ -114,14 +132,14 @@ enum SlotState {
     Waiting,
 }
 
-fn health(node: &Node) -> Health {
+fn health(node: &Node, disks: &[DiskHealth]) -> Health {
     let view = node.cluster.view();
     let policies: BTreeSet<(usize, usize)> = view
         .volumes
         .values()
         .map(|v| (usize::from(v.spec.copies), usize::from(v.spec.min_copies)))
         .collect();
-    let mut reasons = node_reasons(node, &view);
+    let mut reasons = node_reasons(node, &view, disks);
     let mut slots = SlotCounts { total: SLOTS, ..SlotCounts::default() };
     let mut waiting: BTreeMap<String, usize> = BTreeMap::new();
     for slot in 0..=u16::MAX {
@@ -157,7 +175,7 @@ fn health(node: &Node) -> Health {
     Health { status, epoch: view.epoch.0, slots, reasons }
 }
 
-fn node_reasons(node: &Node, view: &View) -> Vec<String> {
+fn node_reasons(node: &Node, view: &View, disks: &[DiskHealth]) -> Vec<String> {
     let mut reasons = Vec::new();
     let log = node.log.status();
     if let Some(failure) = &log.failure {
@@ -185,10 +203,32 @@ fn node_reasons(node: &Node, view: &View) -> Vec<String> {
         let address = view.nodes.get(&disk.node).map_or("?", |n| n.address.as_str());
         reasons.push(format!("a disk of node {address} is being synchronised"));
     }
+    reasons.extend(disk_reasons(view, disks));
     let total = reasons.len();
     if total > 2 * REASONS {
         reasons.truncate(2 * REASONS);
         reasons.push(format!("and {} more", total - 2 * REASONS));
+    }
+    reasons
+}
+
+/// What is wrong with disks of nodes that are up.
+fn disk_reasons(view: &View, known: &[DiskHealth]) -> Vec<String> {
+    let mut reasons = Vec::new();
+    for (id, disk) in &view.disks {
+        let Some(node) = view.nodes.get(&disk.node).filter(|n| n.up) else { continue };
+        let told = known.iter().find(|d| d.id == *id);
+        let failure = told.and_then(|d| d.failure.as_deref());
+        let which = format!("disk {id} of node {}", node.address);
+        match (disk.up, failure) {
+            (_, Some(failure)) => reasons.push(format!("{which} is out of service: {failure}")),
+            (false, None) => reasons.push(format!("{which} is out of service")),
+            (true, None) => {}
+        }
+        if let Some(DiskHealth { damaged: count @ 1.., .. }) = told {
+            let blocks = if *count == 1 { "block" } else { "blocks" };
+            reasons.push(format!("{which}: {count} damaged {blocks}"));
+        }
     }
     reasons
 }
@@ -261,6 +301,37 @@ pub fn local_stats(node: &Node) -> NodeStats {
     }
     stats.volumes = volumes.into_iter().map(|(id, bytes)| (id.0, bytes)).collect();
     stats
+}
+
+/// How well this node's disks are.
+#[must_use]
+pub fn local_disks(node: &Node) -> Vec<DiskHealth> {
+    let health = |disk: &Arc<Disk>| DiskHealth {
+        id: disk.id,
+        damaged: disk.store.damage().blocks.len() as u64,
+        failure: disk.store.failure().map(|reason| reason.to_string()),
+    };
+    node.replica.disks().map(health).collect()
+}
+
+/// How well the disks of all up nodes are, as far as these answer.
+async fn all_disks(node: &Arc<Node>) -> Vec<DiskHealth> {
+    let view = node.cluster.view();
+    let mut disks = local_disks(node);
+    let mut asked = Vec::new();
+    for (_, peer) in view.nodes.iter().filter(|(id, n)| n.up && **id != node.cluster.node) {
+        let (address, node) = (peer.address.clone(), Arc::clone(node));
+        asked.push(tokio::spawn(async move {
+            let ask = node.client.ask(&address, &NodeRequest::Disks);
+            tokio::time::timeout(DISKS_TIMEOUT, ask).await
+        }));
+    }
+    for task in asked {
+        if let Ok(Ok(Ok(NodeReply::Disks(others)))) = task.await {
+            disks.extend(others);
+        }
+    }
+    disks
 }
 
 /// The statistics of all up nodes; `None` for those that do not answer.

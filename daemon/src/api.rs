@@ -16,6 +16,15 @@ pub enum Request {
     ClusterHealth,
     /// A list of [`NodeInfo`].
     NodeList,
+    /// Scrubs the disks of this node, or goes on with it; answers a list of [`ScrubInfo`].
+    NodeScrubStart {
+        /// Bytes per second of each disk; as before when absent.
+        rate: Option<u64>,
+    },
+    /// A list of [`ScrubInfo`], one for each disk of this node.
+    NodeScrubStatus,
+    /// Pauses the scrubs that run on this node; answers a list of [`ScrubInfo`].
+    NodeScrubPause,
     /// Answers [`VolumeInfo`].
     VolumeCreate {
         /// Its name.
@@ -184,6 +193,71 @@ pub struct DiskInfo {
     pub used: Option<u64>,
     /// It holds everything that it must hold; otherwise it is being synchronised.
     pub complete: bool,
+}
+
+/// What a scrub of a disk does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScrubState {
+    /// Nothing: none was started, or the last one finished.
+    Idle,
+    /// It reads.
+    Running,
+    /// It waits for a start to go on.
+    Paused,
+}
+
+/// The scrub of a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubInfo {
+    /// Id of the disk.
+    pub disk: String,
+    /// Where it is.
+    pub path: String,
+    /// What it does now.
+    pub state: ScrubState,
+    /// Most bytes that it reads per second.
+    pub rate: u64,
+    /// Seconds since 1970; absent while idle.
+    pub started_at: Option<u64>,
+    /// Bytes of data blocks read so far; 0 while idle.
+    pub bytes_done: u64,
+    /// Bytes of data blocks that there are to read now.
+    pub bytes_total: u64,
+    /// Damaged blocks that this scrub has met so far; 0 while idle.
+    pub found: u64,
+    /// The last scrub that came to its end since this node was started.
+    pub last: Option<ScrubResult>,
+    /// Blocks that a scrub or a read has found damaged and nothing has repaired since.
+    pub damaged_blocks: u64,
+    /// The first of these, at most 100.
+    pub damaged: Vec<DamagedBlock>,
+}
+
+/// A scrub that came to its end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubResult {
+    /// Seconds since 1970.
+    pub started_at: u64,
+    /// Seconds since 1970.
+    pub finished_at: u64,
+    /// Bytes of data blocks read.
+    pub bytes: u64,
+    /// Damaged blocks that it met.
+    pub found: u64,
+}
+
+/// A damaged block.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DamagedBlock {
+    /// Name of the volume; absent if it is deleted.
+    pub volume: Option<String>,
+    /// Its id.
+    pub volume_id: u64,
+    /// Where in the volume, in bytes; the block has 4096 of them.
+    pub offset: u64,
+    /// Layer of the object.
+    pub layer: u32,
 }
 
 /// A volume.

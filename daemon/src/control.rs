@@ -53,6 +53,8 @@ pub enum NodeRequest {
     },
     /// Space on the disks, and used by volumes.
     Stats,
+    /// How well are the disks?
+    Disks,
 }
 
 /// The answer of one node to another.
@@ -77,6 +79,8 @@ pub enum NodeReply {
     NotLeader,
     /// Answers [`NodeRequest::Stats`].
     Stats(NodeStats),
+    /// Answers [`NodeRequest::Disks`].
+    Disks(Vec<DiskHealth>),
 }
 
 /// What a node tells of its disks.
@@ -99,6 +103,17 @@ pub struct DiskStats {
     pub capacity: u64,
     /// Bytes of data blocks.
     pub used: u64,
+}
+
+/// How well a disk is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskHealth {
+    /// Its id.
+    pub id: DiskId,
+    /// Blocks known to be damaged.
+    pub damaged: u64,
+    /// Why it takes no more changes.
+    pub failure: Option<String>,
 }
 
 /// Why a control request has no answer.

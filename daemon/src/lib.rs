@@ -21,6 +21,7 @@ pub mod peers;
 pub mod pool;
 pub mod replica;
 pub mod resync;
+pub mod scrub;
 pub mod serve;
 pub mod tasks;
 pub mod volume;

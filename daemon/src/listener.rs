@@ -152,6 +152,7 @@ async fn handle_node(node: &Arc<Node>, request: NodeRequest) -> Result<NodeReply
             let stats = tokio::task::spawn_blocking(move || admin::local_stats(&node)).await;
             stats.map(NodeReply::Stats).map_err(|e| e.to_string())
         }
+        NodeRequest::Disks => Ok(NodeReply::Disks(admin::local_disks(node))),
     }
 }
 

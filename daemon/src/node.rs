@@ -8,6 +8,7 @@ use crate::leader::Leader;
 use crate::listener;
 use crate::peers::Peers;
 use crate::replica::{Disk, Replica};
+use crate::scrub::Scrubber;
 use crate::serve::Served;
 use sheepdog_cluster::command::{
     Answer, Command, DiskInfo, NodeInfo, Refusal, decode_answer, encode_command,
@@ -86,6 +87,8 @@ pub struct Node {
     pub exports: Arc<ExportTable>,
     /// What it does while it leads the log.
     pub leader: Leader,
+    /// Scrubs of its disks.
+    pub scrubbers: Vec<Scrubber>,
     /// Set when it stops.
     pub stopping: watch::Sender<bool>,
 }
@@ -154,6 +157,7 @@ pub async fn start(config: Config) -> Result<Arc<Node>, StartError> {
     let (stopping, _) = watch::channel(false);
     let client = Arc::new(ControlClient::new(cluster_id, id));
     let leader = Leader::default();
+    let scrubbers = replica.disks().map(|disk| Scrubber::new(Arc::clone(disk))).collect();
     let node = Arc::new(Node {
         dir,
         identity,
@@ -165,6 +169,7 @@ pub async fn start(config: Config) -> Result<Arc<Node>, StartError> {
         client,
         exports,
         leader,
+        scrubbers,
         stopping,
     });
     tokio::spawn(listener::run(Arc::clone(&node), listener));
@@ -426,14 +431,18 @@ impl Node {
         tokio::time::timeout(timeout, wait).await.unwrap_or(false)
     }
 
-    /// How this node announces itself.
+    /// How this node announces itself: without disks that are out of service.
     #[must_use]
     pub fn info(&self) -> NodeInfo {
+        let works = |disk: &DiskInfo| {
+            self.replica.disk(disk.id).is_some_and(|disk| disk.store.failure().is_none())
+        };
         let disks = self
             .identity
             .disks
             .iter()
-            .filter_map(|d| Some(DiskInfo { id: d.id.parse().ok()?, weight: d.weight }));
+            .filter_map(|d| Some(DiskInfo { id: d.id.parse().ok()?, weight: d.weight }))
+            .filter(works);
         NodeInfo {
             id: self.cluster.node,
             incarnation: self.cluster.incarnation(),
@@ -441,6 +450,13 @@ impl Node {
             zone: self.identity.zone.clone(),
             disks: disks.collect(),
         }
+    }
+
+    /// Whether a disk is out of service that the cluster still counts on.
+    #[must_use]
+    pub fn has_lost_disk(&self) -> bool {
+        let view = self.cluster.view();
+        self.replica.disks().any(|disk| view.is_up(disk.id) && disk.store.failure().is_some())
     }
 
     /// Makes this node a member with a new incarnation, trying until it is or stops.
@@ -541,9 +557,12 @@ impl Node {
     pub async fn stop(self: &Arc<Self>) {
         tracing::info!("stopping");
         self.stopping.send_replace(true);
-        let exports = Arc::clone(&self.exports);
-        let attached =
-            tokio::task::spawn_blocking(move || exports.stop_all()).await.unwrap_or_default();
+        let node = Arc::clone(self);
+        let stop_all = move || {
+            node.scrubbers.iter().for_each(Scrubber::stop);
+            node.exports.stop_all()
+        };
+        let attached = tokio::task::spawn_blocking(stop_all).await.unwrap_or_default();
         let farewell = async {
             for (volume, writer) in attached {
                 let detach = Command::Detach { volume, writer };

@@ -53,6 +53,10 @@ async fn keep_lease(node: Arc<Node>) {
     node.enter().await;
     let mut status = node.log.watch();
     loop {
+        if node.has_lost_disk() {
+            tracing::error!("a disk is out of service; entering the cluster again without it");
+            node.enter().await;
+        }
         match node.renew_lease().await {
             Ok(NodeReply::EnterAgain) => {
                 tracing::warn!("the cluster went on without this node; entering again");

@@ -143,6 +143,11 @@ fn expected_request(args: &[&str]) -> Value {
         "cluster info" => json!({"command": "cluster-info"}),
         "cluster health" => json!({"command": "cluster-health"}),
         "node list" => json!({"command": "node-list"}),
+        "node scrub start --rate 32MiB" => {
+            json!({"command": "node-scrub-start", "rate": 33_554_432})
+        }
+        "node scrub status" => json!({"command": "node-scrub-status"}),
+        "node scrub pause" => json!({"command": "node-scrub-pause"}),
         "volume create vm1 10G" => json!({"command": "volume-create", "name": "vm1",
             "size": 10_737_418_240_u64, "copies": null, "min_copies": null}),
         "volume list" => json!({"command": "volume-list"}),
@@ -163,7 +168,7 @@ fn expected_request(args: &[&str]) -> Value {
 #[test]
 fn documented_examples_are_what_people_see() {
     let examples = examples();
-    assert_eq!(examples.len(), 12, "every command has an example, export add three");
+    assert_eq!(examples.len(), 15, "every command has an example, export add three");
     for Example { args, human, json } in examples {
         let (output, request) = FakeNode::answering(&json!({"ok": json})).dog(&args);
         assert_eq!(request, Some(expected_request(&args)));
@@ -186,7 +191,7 @@ fn documented_examples_are_what_scripts_see() {
 
 #[test]
 fn documented_examples_are_what_the_library_promises() {
-    use sheepdog::api::{ClusterInfo, ExportInfo, Health, NodeInfo, VolumeInfo};
+    use sheepdog::api::{ClusterInfo, ExportInfo, Health, NodeInfo, ScrubInfo, VolumeInfo};
     fn same<T: serde::de::DeserializeOwned + serde::Serialize>(json: &Value) {
         let typed: T = serde_json::from_value(json.clone()).unwrap();
         assert_eq!(serde_json::to_value(typed).unwrap(), *json);
@@ -196,6 +201,7 @@ fn documented_examples_are_what_the_library_promises() {
             ["cluster", "info"] => same::<ClusterInfo>(&json),
             ["cluster", "health"] => same::<Health>(&json),
             ["node", "list"] => same::<Vec<NodeInfo>>(&json),
+            ["node", "scrub"] => same::<Vec<ScrubInfo>>(&json),
             ["volume", "create" | "info"] => same::<VolumeInfo>(&json),
             ["volume", "list"] => same::<Vec<VolumeInfo>>(&json),
             ["volume", "delete"] => assert_eq!(json, Value::Null),
@@ -421,6 +427,8 @@ fn wrong_usage_exits_with_2_and_asks_no_node() {
         ("export add v --vhost-user 127.0.0.1:10809", "path of a Unix socket"),
         ("export remove v --nbd --vhost-user", "cannot be used with"),
         ("volume list --node localhost:7000", "host names are not looked up"),
+        ("node scrub", "Usage"),
+        ("node scrub start --rate 1K", "less than 4KiB"),
     ] {
         let args: Vec<_> = line.split_whitespace().collect();
         let address = node.local_addr().unwrap().to_string();
@@ -444,6 +452,9 @@ fn every_command_explains_itself_with_an_example() {
     let mut lines: Vec<String> = vec![String::new()];
     for Example { args, .. } in examples() {
         lines.extend([args[0].to_string(), args[..2].join(" ")]);
+        if args[1] == "scrub" {
+            lines.push(args[..3].join(" "));
+        }
     }
     for line in lines {
         let args: Vec<_> = line.split_whitespace().chain(["--help"]).collect();

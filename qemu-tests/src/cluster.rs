@@ -12,6 +12,8 @@ struct Node {
     port: u16,
     dir: PathBuf,
     log: PathBuf,
+    /// What its daemon gets at each start beside its directory and port.
+    args: Vec<String>,
     process: Option<Process>,
 }
 
@@ -83,10 +85,17 @@ impl Cluster {
 
     /// Starts one more node and waits for its port; returns its index.
     pub fn add_node(&mut self, lab: &Lab) -> usize {
+        self.add_node_with(lab, &[])
+    }
+
+    /// As [`Cluster::add_node`], with further arguments for its daemon at each start.
+    pub fn add_node_with(&mut self, lab: &Lab, args: &[&str]) -> usize {
         let index = self.nodes.len();
         let name = format!("node{index}");
         let [port] = free_ports();
-        self.nodes.push(Node { port, dir: lab.path(&name), log: lab.log(&name), process: None });
+        let args = args.iter().map(|arg| (*arg).to_owned()).collect();
+        let (dir, log) = (lab.path(&name), lab.log(&name));
+        self.nodes.push(Node { port, dir, log, args, process: None });
         let join = (index > 0).then(|| self.address(0));
         self.launch(index, join);
         self.wait_listening(index);
@@ -98,6 +107,7 @@ impl Cluster {
         assert!(node.process.is_none(), "node {index} runs already");
         let mut args = vec!["--dir".to_owned(), node.dir.display().to_string()];
         args.extend(["--listen".into(), format!("127.0.0.1:{}", node.port)]);
+        args.extend(node.args.iter().cloned());
         if let Some(join) = join {
             args.extend(["--join".into(), join]);
         }

@@ -12,10 +12,13 @@ pub fn changes(request: &Request) -> bool {
         Request::ClusterInfo
         | Request::ClusterHealth
         | Request::NodeList
+        | Request::NodeScrubStatus
         | Request::VolumeList
         | Request::VolumeInfo { .. }
         | Request::ExportList => false,
-        Request::VolumeCreate { .. }
+        Request::NodeScrubStart { .. }
+        | Request::NodeScrubPause
+        | Request::VolumeCreate { .. }
         | Request::VolumeDelete { .. }
         | Request::ExportAdd { .. }
         | Request::ExportRemove { .. } => true,

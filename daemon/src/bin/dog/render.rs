@@ -30,6 +30,9 @@ pub fn human(request: &Request, mut value: Value) -> serde_json::Result<String> 
         Request::ClusterInfo => show(value, cluster_info),
         Request::ClusterHealth => show(value, health),
         Request::NodeList => show_list(value, node_list),
+        Request::NodeScrubStart { .. } | Request::NodeScrubStatus | Request::NodeScrubPause => {
+            show_list(value, scrub::list)
+        }
         Request::VolumeCreate { .. } => show(value, volume_created),
         Request::VolumeList => show_list(value, volume_list),
         Request::VolumeInfo { .. } => show(value, volume_info),
@@ -301,5 +304,6 @@ fn export_removed(exports: &[ExportInfo]) -> String {
     exports.iter().map(line).collect()
 }
 
+mod scrub;
 #[cfg(test)]
 mod tests;

@@ -174,7 +174,7 @@ fn keep_changing(engine: &Engine, volume: u64, mut rng: Rng, ops: u64) {
 #[test]
 fn concurrent_changes_never_look_like_damage() {
     let rng = Rng(seed());
-    let ops = setting("OPS", 400);
+    let ops = setting("OPS", 5000);
     let medium = SimMedium::default();
     let engine = new_sim(&medium);
     let running = AtomicBool::new(true);
