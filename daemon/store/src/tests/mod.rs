@@ -6,6 +6,7 @@ mod damage;
 mod enumerate;
 mod full;
 mod model;
+mod offline;
 mod oracle;
 mod sim;
 mod support;
