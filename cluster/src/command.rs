@@ -10,7 +10,7 @@ use sheepdog_types::{
 use thiserror::Error;
 
 /// Version of the command and state encoding.
-pub const LOG_VERSION: u8 = 1;
+pub const LOG_VERSION: u8 = 2;
 
 /// Most copies of an object.
 pub const MAX_COPIES: usize = 8;
@@ -56,6 +56,20 @@ pub struct VolumeSpec {
     pub copies: u8,
     /// Fewest replicas with which I/O goes on.
     pub min_copies: u8,
+    /// When a write is acknowledged.
+    pub ack: Ack,
+}
+
+/// When a gateway acknowledges a write of its guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Ack {
+    /// When every replica has it in memory. It is durable after the next flush, as with a disk that
+    /// has a volatile write cache.
+    #[default]
+    Flush,
+    /// When it is durable on every replica, as with a disk without a write cache.
+    Commit,
 }
 
 /// One entry of the cluster log.

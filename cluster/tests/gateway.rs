@@ -5,6 +5,7 @@
 mod common;
 
 use common::{attach, attached, disk, down, enter, view};
+use sheepdog_cluster::command::Ack;
 use sheepdog_cluster::gateway::{Config, Effect, Gateway, MAX_ACTIVE_REQUESTS, Phase, ReplyData};
 use sheepdog_cluster::message::{Call, Failure, Reject, Reply, Request};
 use sheepdog_cluster::state::ClusterState;
@@ -43,6 +44,10 @@ struct Bench {
 
 impl Bench {
     fn new(min_copies: u8, size: u64) -> Self {
+        Self::with_ack(min_copies, size, Ack::Flush)
+    }
+
+    fn with_ack(min_copies: u8, size: u64, ack: Ack) -> Self {
         let state = attached(min_copies, size);
         let config = Config {
             node: NodeId(1),
@@ -52,6 +57,7 @@ impl Bench {
             min_copies: usize::from(min_copies),
             layer: Layer(0),
             writer: WriterGen(1),
+            ack,
         };
         let gateway = Gateway::new(config, view(&state));
         let (calls, inbox, versions) = (VecDeque::new(), Arc::default(), BTreeMap::new());
@@ -162,6 +168,28 @@ impl Bench {
 
 fn is_write(call: &Call) -> bool {
     matches!(call.request, Request::Write { .. })
+}
+
+#[test]
+fn i3_a_volume_that_commits_answers_a_write_only_when_it_is_durable() {
+    let mut bench = Bench::with_ack(2, SIZE, Ack::Commit);
+    bench.answer_all();
+    let discard = Op::Discard { offset: 8192, len: 4096 };
+    let zeroes = Op::WriteZeroes { offset: 0, len: 4096, may_unmap: true, fua: false };
+    let write = Op::Write { offset: 0, data: vec![5; 4096], fua: false };
+    for op in [write, discard, zeroes] {
+        let tag = bench.submit(op);
+        while !bench.calls.iter().any(|(_, _, call)| matches!(call.request, Request::Flush)) {
+            assert_eq!(bench.outcome(tag), None, "nothing is durable yet");
+            let (id, _, call) = bench.calls.pop_front().unwrap();
+            let (reply, bytes) = bench.good_reply(&call);
+            bench.reply(id, reply, bytes);
+        }
+        assert_eq!(bench.calls.len(), 3, "a flush of each replica");
+        assert_eq!(bench.outcome(tag), None, "written, not durable");
+        bench.answer_all();
+        assert_eq!(bench.outcome(tag), Some(Ok(0)));
+    }
 }
 
 #[test]

@@ -59,8 +59,10 @@ async fn handle(node: &Arc<Node>, request: Request) -> Result<serde_json::Value,
             json(health.map_err(|e| e.to_string())?)
         }
         Request::NodeList => json(node_list(node).await),
-        Request::VolumeCreate { name, size, copies, min_copies } => {
-            json(create_volume(node, name, size, copies, min_copies).await?)
+        Request::VolumeCreate { name, size, copies, min_copies, ack } => {
+            let copies = copies.unwrap_or(DEFAULT_COPIES);
+            let min_copies = min_copies.unwrap_or_else(|| default_min_copies(copies));
+            json(create_volume(node, VolumeSpec { name, size, copies, min_copies, ack }).await?)
         }
         Request::VolumeList => {
             let stats = all_stats(node).await;
@@ -338,6 +340,7 @@ fn describe_volume(state: &ClusterState, volume: &Volume, used: Option<u64>) -> 
         used,
         copies: volume.spec.copies,
         min_copies: volume.spec.min_copies,
+        ack: volume.spec.ack,
         attached_to: holder.map(|n| n.address.clone()),
         writer: volume.writer.0,
         created: volume.created,
@@ -354,16 +357,8 @@ async fn volume_info(node: &Arc<Node>, name: &str) -> Result<VolumeInfo, String>
         .ok_or_else(|| format!("there is no volume '{name}'"))
 }
 
-async fn create_volume(
-    node: &Arc<Node>,
-    name: String,
-    size: u64,
-    copies: Option<u8>,
-    min_copies: Option<u8>,
-) -> Result<VolumeInfo, String> {
-    let copies = copies.unwrap_or(DEFAULT_COPIES);
-    let min_copies = min_copies.unwrap_or_else(|| default_min_copies(copies));
-    let spec = VolumeSpec { name: name.clone(), size, copies, min_copies };
+async fn create_volume(node: &Arc<Node>, spec: VolumeSpec) -> Result<VolumeInfo, String> {
+    let name = spec.name.clone();
     spec.validate().map_err(refused)?;
     let answer = node.propose(&Command::CreateVolume { spec, at: now() }).await?;
     answer.map_err(refused)?;
@@ -432,6 +427,7 @@ pub async fn attach(node: &Arc<Node>, name: &str) -> Result<(), String> {
         min_copies: usize::from(volume.spec.min_copies),
         layer: volume.layer,
         writer,
+        ack: volume.spec.ack,
     };
     let (exports, owned) = (Arc::clone(&node.exports), name.to_owned());
     let phase = tokio::task::spawn_blocking(move || {

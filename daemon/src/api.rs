@@ -4,6 +4,7 @@
 //! none is removed or changes its meaning.
 
 use serde::{Deserialize, Serialize};
+pub use sheepdog_cluster::command::Ack;
 
 /// A question or order to one node; it speaks for the whole cluster.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,6 +26,9 @@ pub enum Request {
         copies: Option<u8>,
         /// Fewest replicas with which I/O goes on; by default 2 of 3, 1 of 1 or 2.
         min_copies: Option<u8>,
+        /// When writes are acknowledged.
+        #[serde(default)]
+        ack: Ack,
     },
     /// A list of [`VolumeInfo`].
     VolumeList,
@@ -197,6 +201,8 @@ pub struct VolumeInfo {
     pub copies: u8,
     /// Fewest replicas with which I/O goes on.
     pub min_copies: u8,
+    /// When writes are acknowledged: `flush` or `commit`.
+    pub ack: Ack,
     /// Address of the gateway that has it.
     pub attached_to: Option<String>,
     /// Writer generation: how many times it was attached.

@@ -13,6 +13,7 @@ use sheepdog_cluster::command::{
     Answer, Command, DiskInfo, NodeInfo, Refusal, decode_answer, encode_command,
 };
 use sheepdog_log::{ClusterLog, Options as LogOptions, ProposeError, RaftLog};
+pub use sheepdog_store::{Cache, IoBackend};
 use sheepdog_store::{Options as StoreOptions, Store, StoreIds};
 use sheepdog_types::{ClusterId, DiskId, NodeId};
 use std::net::SocketAddr;
@@ -48,6 +49,16 @@ pub struct Config {
     pub disks: Vec<(PathBuf, Option<u64>)>,
     /// Allow addresses outside loopback although nothing is encrypted yet.
     pub insecure: bool,
+    /// How disks are read and written.
+    pub cache: Cache,
+    /// What carries out disk I/O that has to wait.
+    pub io: IoBackend,
+}
+
+impl Config {
+    fn store_options(&self) -> StoreOptions {
+        StoreOptions { cache: self.cache, io: self.io, ..StoreOptions::default() }
+    }
 }
 
 /// A failed start: a text that says what happened and what to do.
@@ -124,7 +135,7 @@ pub async fn start(config: Config) -> Result<Arc<Node>, StartError> {
     let on_refused = |sender: mpsc::Sender<NodeId>| {
         Box::new(move |node| _ = sender.try_send(node)) as Box<dyn Fn(NodeId) + Send + Sync>
     };
-    let disks = open_disks(&identity, cluster_id, id)?;
+    let disks = open_disks(&identity, cluster_id, id, &config.store_options())?;
     let replica = Replica::new(Arc::clone(&cluster), disks)?;
     let peers = Peers::new(Arc::clone(&cluster), cluster_id, on_refused(refused.clone()));
     replica.set_peers(&peers);
@@ -233,7 +244,7 @@ async fn introduce(
         std::fs::create_dir_all(&path)
             .map_err(|e| format!("cannot create {}: {e}", path.display()))?;
         let ids = StoreIds { cluster, node: id, disk };
-        let store = match Store::create(&path, ids, StoreOptions::default()) {
+        let store = match Store::create(&path, ids, config.store_options()) {
             Err(sheepdog_store::OpenError::Exists(path)) => {
                 return Err(format!(
                     "{} holds the disk of another node; use another path",
@@ -323,11 +334,12 @@ fn open_disks(
     identity: &Identity,
     cluster: ClusterId,
     node: NodeId,
+    options: &StoreOptions,
 ) -> Result<Vec<Disk>, StartError> {
     let mut disks = Vec::new();
     for entry in &identity.disks {
         let id: DiskId = entry.id.parse()?;
-        let store = Store::open(&entry.path, StoreOptions::default())?;
+        let store = Store::open(&entry.path, options.clone())?;
         let expected = StoreIds { cluster, node, disk: id };
         if store.ids() != expected {
             return Err(format!(

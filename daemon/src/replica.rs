@@ -7,7 +7,8 @@ use sheepdog_cluster::message::{Body, Call, Failure, MAX_LISTING, Reject, Reply,
 use sheepdog_cluster::replica::admit;
 use sheepdog_cluster::view::View;
 use sheepdog_store::{
-    BlockRange, BlockRun, BlockState, LayerImage, LayerSums, Payload, ReadError, Store, WriteError,
+    BlockRange, BlockRun, BlockState, BlocksRead, LayerImage, LayerSums, Payload, ReadError, Store,
+    WriteError,
 };
 use sheepdog_types::{BLOCK_SIZE, DiskId, Epoch, LayerKey, SlotId, Version};
 use std::collections::{BTreeMap, HashMap};
@@ -147,7 +148,7 @@ impl Replica {
             }
             Request::Read { object, layer, first, count } => {
                 let key = LayerKey { object: *object, layer: *layer };
-                Some(read(disk, key, *first, *count))
+                read(disk, key, *first, *count, later)
             }
             Request::Stat { key } => {
                 // A gateway that asks is about to decide anew what this layer has to be.
@@ -338,25 +339,51 @@ fn write_failure(error: &WriteError) -> Failure {
         WriteError::Behind { have } => Failure::Behind { have: *have },
         WriteError::Checksum { block } => Failure::Checksum { block: *block },
         WriteError::NoSpace => Failure::NoSpace,
-        WriteError::Failed(_) | WriteError::Invalid(_) => {
+        WriteError::Failed(_)
+        | WriteError::Invalid(_)
+        | WriteError::Frozen { .. }
+        | WriteError::Damaged { .. } => {
             tracing::error!(%error, "a write failed");
             Failure::Disk
         }
     }
 }
 
-fn read(disk: &Disk, key: LayerKey, first: u16, count: u16) -> Answer {
+/// Answers at once from the page cache, else when the disk has.
+fn read(
+    disk: &Arc<Disk>,
+    key: LayerKey,
+    first: u16,
+    count: u16,
+    later: impl FnOnce() -> Later,
+) -> Option<Answer> {
     let mut data = vec![0; usize::from(count) * BLOCK_SIZE];
     let mut crcs = vec![0; usize::from(count)];
-    match disk.store.read(key.object, &[key.layer], first, &mut data, &mut crcs) {
-        Ok(_) => Answer { reply: Reply::Data { count }, crcs, data },
-        Err(error) => {
-            tracing::error!(%key, disk = %disk.id, %error, "a read failed");
-            match error {
-                ReadError::Checksum { block, .. } => Failure::Checksum { block }.into(),
-                ReadError::Io { .. } | ReadError::Invalid(_) => Failure::Disk.into(),
-            }
+    let layers = [key.layer];
+    match disk.store.try_read(key.object, &layers, first, &mut data, &mut crcs) {
+        Ok(Some(_)) => Some(Answer { reply: Reply::Data { count }, crcs, data }),
+        Err(error) => Some(read_failure(disk.id, key, &error).into()),
+        Ok(None) => {
+            let (later, id) = (later(), disk.id);
+            let done = Box::new(move |read: Result<BlocksRead, ReadError>| {
+                later(match read {
+                    Ok(BlocksRead { data, crcs, .. }) => {
+                        Answer { reply: Reply::Data { count }, crcs, data }
+                    }
+                    Err(error) => read_failure(id, key, &error).into(),
+                });
+            });
+            disk.store.read_later(key.object, &layers, first, count, done);
+            None
         }
+    }
+}
+
+fn read_failure(disk: DiskId, key: LayerKey, error: &ReadError) -> Failure {
+    tracing::error!(%key, %disk, %error, "a read failed");
+    match error {
+        ReadError::Checksum { block, .. } => Failure::Checksum { block: *block },
+        ReadError::Io { .. } | ReadError::Invalid(_) => Failure::Disk,
     }
 }
 
@@ -372,13 +399,7 @@ fn fetch(disk: &Disk, key: LayerKey) -> Answer {
             Answer { reply, crcs: image.sums.crcs, data: image.data }
         }
         Ok(None) => Reply::Image { version: Version::NONE, runs: Vec::new() }.into(),
-        Err(error) => {
-            tracing::error!(%key, disk = %disk.id, %error, "a layer cannot be read");
-            match error {
-                ReadError::Checksum { block, .. } => Failure::Checksum { block }.into(),
-                ReadError::Io { .. } | ReadError::Invalid(_) => Failure::Disk.into(),
-            }
-        }
+        Err(error) => read_failure(disk.id, key, &error).into(),
     }
 }
 

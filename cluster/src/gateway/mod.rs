@@ -26,6 +26,7 @@ mod read;
 mod request;
 mod write;
 
+use crate::command::Ack;
 use crate::message::{Blocks, Call, Failure, Reject, Reply, Request as CallRequest};
 use crate::slab::Slab;
 use crate::view::{Disks, View};
@@ -63,6 +64,8 @@ pub struct Config {
     pub layer: Layer,
     /// Writer generation of this attachment.
     pub writer: WriterGen,
+    /// When writes are acknowledged.
+    pub ack: Ack,
 }
 
 /// What the caller has to do, in order.

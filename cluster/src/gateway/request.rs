@@ -2,6 +2,7 @@
 
 use super::object::Range;
 use super::{Gateway, flush::GuestFlush};
+use crate::command::Ack;
 use sheepdog_types::{
     BLOCK_SIZE, BlockError, Done, MAX_REQUEST_BYTES, OBJECT_SIZE, ObjectIndex, Op, Token,
 };
@@ -102,9 +103,12 @@ impl Gateway {
             self.complete(token, Err(error));
             return;
         }
+        let commits = self.config.ack == Ack::Commit;
         match op {
             Op::Read { offset, len } => self.begin_read(offset, len, token),
-            Op::Write { offset, data, fua } => self.begin_write(offset, data, fua, token),
+            Op::Write { offset, data, fua } => {
+                self.begin_write(offset, data, fua || commits, token)
+            }
             Op::Flush => self.begin_flush(token),
             Op::Discard { offset, len } => {
                 let kind = Kind::Zero {
@@ -112,7 +116,7 @@ impl Gateway {
                     end: offset + len,
                     release: true,
                     edges: false,
-                    fua: false,
+                    fua: commits,
                 };
                 self.begin_zero(kind, token);
             }
@@ -122,7 +126,7 @@ impl Gateway {
                     end: offset + len,
                     release: may_unmap,
                     edges: true,
-                    fua,
+                    fua: fua || commits,
                 };
                 self.begin_zero(kind, token);
             }

@@ -2,7 +2,7 @@
 
 #![allow(dead_code)] // each test binary uses a part
 
-use sheepdog_cluster::command::{Answer, Command, DiskInfo, NodeInfo, Outcome, VolumeSpec};
+use sheepdog_cluster::command::{Ack, Answer, Command, DiskInfo, NodeInfo, Outcome, VolumeSpec};
 use sheepdog_cluster::state::ClusterState;
 use sheepdog_cluster::view::View;
 use sheepdog_types::{
@@ -38,7 +38,7 @@ pub fn synced(state: &mut ClusterState, node: u64, incarnation: u64, basis: Epoc
 }
 
 pub fn create(state: &mut ClusterState, name: &str, size: u64, copies: u8, min: u8) -> Answer {
-    let spec = VolumeSpec { name: name.into(), size, copies, min_copies: min };
+    let spec = VolumeSpec { name: name.into(), size, copies, min_copies: min, ack: Ack::Flush };
     state.apply(Command::CreateVolume { spec, at: 0 })
 }
 

@@ -6,7 +6,7 @@ use super::net::{Job, Port, Straggler};
 use super::rng::Rng;
 use super::store::Store;
 use super::sync::Sync;
-use sheepdog_cluster::command::{Answer, Command, DiskInfo, NodeInfo, Outcome, VolumeSpec};
+use sheepdog_cluster::command::{Ack, Answer, Command, DiskInfo, NodeInfo, Outcome, VolumeSpec};
 use sheepdog_cluster::gateway::{Config, Gateway, Phase};
 use sheepdog_cluster::state::ClusterState;
 use sheepdog_cluster::view::View;
@@ -240,7 +240,13 @@ impl World {
     }
 
     fn create(&mut self, name: &str, copies: u8, min_copies: u8) -> VolumeId {
-        let spec = VolumeSpec { name: name.into(), size: super::guest::SIZE, copies, min_copies };
+        let spec = VolumeSpec {
+            name: name.into(),
+            size: super::guest::SIZE,
+            copies,
+            min_copies,
+            ack: Ack::Flush,
+        };
         match self.propose(Command::CreateVolume { spec, at: 0 }) {
             Ok(Outcome::Created { volume }) => volume,
             other => panic!("{other:?}"),
@@ -528,6 +534,7 @@ impl World {
                     min_copies: usize::from(self.min_copies),
                     layer: Layer(0),
                     writer,
+                    ack: Ack::Flush,
                 };
                 let view = self.view_of(at);
                 let view_at = self.nodes[at].applied;

@@ -243,3 +243,30 @@ pub struct Usage {
     /// Object layers stored.
     pub objects: u64,
 }
+
+/// What a scrub of one layer found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ScrubbedLayer {
+    /// Data blocks that were read.
+    pub blocks: u16,
+    /// Those that do not match their checksum or cannot be read, ascending.
+    pub bad: Vec<u16>,
+}
+
+/// A damaged block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct BadBlock {
+    /// The layer that holds it.
+    pub key: LayerKey,
+    /// Block of the object.
+    pub block: u16,
+}
+
+/// The damage that reads and scrubs have found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DamageReport {
+    /// Damaged blocks found since the store was opened, repaired or not.
+    pub found: u64,
+    /// Those that nothing repaired yet, at most 4096, ascending.
+    pub blocks: Vec<BadBlock>,
+}

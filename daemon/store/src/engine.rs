@@ -545,7 +545,7 @@ impl Engine {
             let Some(log) = log else { return Ok(false) };
             let shard = self.table.shard_of(object);
             let source = shard.get(lower_key);
-            if source.is_some_and(|layer| layer.frozen.is_some()) {
+            if source.is_some_and(|layer| layer.has_changes_before(log.generation)) {
                 // A checkpoint is moving its blocks out of the log. Wait for that.
                 drop((shard, log));
                 drop(lock(&self.checkpointer));

@@ -241,6 +241,11 @@ impl LayerState {
         [self.live.as_deref(), self.frozen.as_deref()].into_iter().flatten()
     }
 
+    /// Whether a checkpoint is applying, or is about to apply, changes of a generation before.
+    pub(crate) fn has_changes_before(&self, generation: u64) -> bool {
+        self.frozen.is_some() || self.live.as_ref().is_some_and(|live| live.generation < generation)
+    }
+
     /// The committed content, unless an overlay hides all of it.
     pub(crate) fn visible_base(&self) -> Option<&Base> {
         if self.overlays().any(|overlay| overlay.reset) { None } else { self.base.as_ref() }
@@ -361,7 +366,8 @@ impl LayerState {
         }
         let (live, fresh) = self.live_mut(generation);
         live.version = version;
-        live.slab = Some(slab);
+        // Of a slab that the layer has, a checkpoint may know more than the caller.
+        live.slab.get_or_insert(slab);
         live.splice(first, end, entries);
         self.version = version;
         fresh

@@ -30,6 +30,7 @@ mod damage;
 mod engine;
 mod error;
 mod format;
+mod index;
 mod io;
 mod later;
 mod layer;
@@ -39,6 +40,7 @@ mod medium;
 mod offline;
 mod open;
 mod read;
+mod scrub;
 mod states;
 mod table;
 #[cfg(test)]
@@ -52,8 +54,9 @@ use std::thread::JoinHandle;
 use sheepdog_types::{Layer, LayerKey, ObjectId, SlotId, Version, VolumeId};
 
 pub use api::{
-    Applied, BlockRange, BlockRun, BlockState, BlocksRead, Cache, IoBackend, LayerImage, LayerStat,
-    LayerSums, Options, Payload, ReadOutcome, StoreIds, Usage,
+    Applied, BadBlock, BlockRange, BlockRun, BlockState, BlocksRead, Cache, DamageReport,
+    IoBackend, LayerImage, LayerStat, LayerSums, Options, Payload, ReadOutcome, ScrubbedLayer,
+    StoreIds, Usage,
 };
 use engine::Engine;
 pub use error::{FlushError, OpenError, ReadError, WriteError};
@@ -326,6 +329,33 @@ impl Store {
     /// [`WriteError::Invalid`] if `lower` is not older than `upper`.
     pub fn merge(&self, object: ObjectId, upper: Layer, lower: Layer) -> Result<bool, WriteError> {
         self.engine.merge(object, upper, lower)
+    }
+
+    /// The layer after `after` (`None`: the first) in an order that visits each layer once; `None`
+    /// after the last. Layers that are made or deleted meanwhile may be left out.
+    #[must_use]
+    pub fn next_layer(&self, after: Option<LayerKey>) -> Option<LayerKey> {
+        self.engine.table.next_after(after)
+    }
+
+    /// Reads all that is stored of a layer from the disk and verifies it. Damaged blocks are also
+    /// in [`Store::damage`] from then on, those that are right no longer. A layer that changes
+    /// meanwhile is judged by what it holds when it is read; one that is gone has no blocks.
+    #[must_use]
+    pub fn scrub_layer(&self, key: LayerKey) -> ScrubbedLayer {
+        self.engine.scrub_layer(key)
+    }
+
+    /// The damage that reads and scrubs have found. A block is repaired by any write of it.
+    #[must_use]
+    pub fn damage(&self) -> DamageReport {
+        self.engine.damage_report()
+    }
+
+    /// Why the disk takes no more changes until it is opened again; `None` while it does.
+    #[must_use]
+    pub fn failure(&self) -> Option<Arc<str>> {
+        self.engine.failed.get().cloned()
     }
 
     /// Space on the disk, as of the last checkpoint where the file system decides.

@@ -4,11 +4,12 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, IoSliceMut};
+use std::num::NonZeroU64;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{FallocateFlags, OFlags, fallocate, statvfs};
+use rustix::fs::{Advice, FallocateFlags, OFlags, fadvise, fallocate, statvfs};
 use rustix::io::{Errno, ReadWriteFlags};
 
 use crate::api::{Cache, Options};
@@ -32,6 +33,11 @@ pub(crate) trait VFile: Send + Sync {
     fn allocate(&self, len: u64) -> io::Result<()>;
     /// Gives the space of a range back; it reads as zeroes. A hint: may do nothing.
     fn punch(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// Forgets what memory holds of a range and the disk has, too, so that the next read asks the
+    /// disk. A hint: may do nothing.
+    fn uncache(&self, offset: u64, len: u64) {
+        let _ = (offset, len);
+    }
     /// The file, if the [`Medium::io`] engine can work on it.
     fn handle(&self) -> Option<&Arc<File>> {
         None
@@ -197,6 +203,11 @@ impl VFile for DiskFile {
             Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NOSPC) => Ok(()),
             other => Ok(other?),
         }
+    }
+
+    fn uncache(&self, offset: u64, len: u64) {
+        // A hint: without it the page cache is verified.
+        let _ = fadvise(&self.0, offset, NonZeroU64::new(len), Advice::DontNeed);
     }
 
     fn handle(&self) -> Option<&Arc<File>> {

@@ -1,7 +1,6 @@
 //! Creating a store, and opening one: read the superblock, the index and the checksum tables,
 //! replay the log. Bytes of any kind end in an error, never in a panic.
 
-use std::collections::BTreeSet;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
@@ -11,19 +10,18 @@ use sheepdog_types::{BLOCK_SIZE, LayerKey, OBJECT_SIZE, Version};
 
 use crate::api::{BlockRange, BlockState, Options, StoreIds};
 use crate::background::Signals;
-use crate::checkpoint::{Checkpointer, copy_offset, index_offset, sums_offset};
+use crate::checkpoint::Checkpointer;
 use crate::damage::Damage;
 use crate::engine::{Engine, Files, install_entries, lock};
 use crate::error::OpenError;
 use crate::format::{
-    FORMAT, Header, IndexRecord, IndexedLayer, Kind, Mark, NO_SLAB, SECTOR, SUPER_PART, SuperError,
-    Superblock, crcs_from_bytes, slot_hash,
+    FORMAT, Header, Kind, Mark, NO_SLAB, SECTOR, SUPER_PART, SuperError, Superblock,
+    crcs_from_bytes,
 };
-use crate::layer::{Base, LayerState, SlabRef};
-use crate::log::{LogState, Record, Replay, Ring, Slabs, segment_name};
+use crate::layer::{LayerState, SlabRef};
+use crate::log::{LogState, Record, Replay, Ring, segment_name};
 use crate::medium::{Medium, VFile};
-use crate::states::{CompactStates, STATES_BYTES, States};
-use crate::table::Table;
+use crate::states::{STATES_BYTES, States};
 
 pub(crate) const SUPERBLOCK: &str = "superblock";
 pub(crate) const DATA: &str = "data";
@@ -121,16 +119,24 @@ pub(crate) fn open(
     let ring = Ring::new(&superblock, files);
     let files =
         Files { superblock: file, data: part(DATA)?, index: part(INDEX)?, sums: part(SUMS)? };
-    let table = Table::new(options.sums_cache_bytes);
+    let loaded = crate::index::load(&files, mark, options.sums_cache_bytes)?;
     let mut log = LogState::new(mark.log_start, mark.log_start, mark.incarnation + 1);
-    let checkpointer = read_index(&files, &table, &mut log.slabs, mark)?;
+    (log.slabs.next, log.slabs.room) = (loaded.next, loaded.room);
+    loaded.free.into_iter().for_each(|slab| log.slabs.give(slab));
+    let checkpointer = Checkpointer {
+        mark,
+        leftovers: loaded.leftovers,
+        blocks: loaded.blocks,
+        buf: Vec::new(),
+        batch: Vec::new(),
+    };
     let engine = Engine {
         ids: superblock.ids,
         options,
         medium,
         files,
         ring,
-        table,
+        table: loaded.table,
         damage: Damage::default(),
         log: Mutex::new(log),
         room: Condvar::new(),
@@ -206,204 +212,6 @@ fn read_mark(file: &dyn VFile) -> Result<Mark, OpenError> {
             .map_err(OpenError::io("cannot repair the checkpoint mark"))?;
     }
     Ok(newest)
-}
-
-/// Loads what the checkpoint `mark` committed. If the records are not just those, each is looked
-/// for in its copy too.
-fn read_index(
-    files: &Files,
-    table: &Table,
-    slabs: &mut Slabs,
-    mark: Mark,
-) -> Result<Checkpointer, OpenError> {
-    let index_len = files.index.len().map_err(OpenError::io("cannot read index"))?;
-    let sums_len = files.sums.len().map_err(OpenError::io("cannot read sums"))?;
-    let room = (index_len / index_offset(1, 0)).min(sums_len / sums_offset(1, 0));
-    let mut found = Found::default();
-    scan_index(files, index_len, mark, &mut found)?;
-    if found.digest != mark.index_digest {
-        let first = found.damaged.first().copied();
-        found = Found { careful: true, ..Found::default() };
-        scan_index(
-            files,
-            index_len.max(sums_len / sums_offset(1, 0) * index_offset(1, 0)),
-            mark,
-            &mut found,
-        )?;
-        if found.digest != mark.index_digest {
-            let what = first.map_or_else(
-                || "records are missing or from another time".into(),
-                |slab| format!("a record of slab {slab} is damaged, and so is its copy in sums"),
-            );
-            return Err(OpenError::corrupt(INDEX, what));
-        }
-    }
-    repair_index(files, &found)?;
-    let blocks = found.publish(table, slabs)?;
-    slabs.room = u32::try_from(room).unwrap_or(u32::MAX);
-    Ok(Checkpointer {
-        mark,
-        leftovers: found.leftovers,
-        blocks,
-        buf: Vec::new(),
-        batch: Vec::new(),
-    })
-}
-
-/// What is in `index`.
-#[derive(Default)]
-struct Found {
-    /// Look at the copies too.
-    careful: bool,
-    digest: u64,
-    /// Slabs with a record that is neither whole nor empty, up to a number.
-    damaged: Vec<u32>,
-    /// Committed records, by slab.
-    layers: Vec<(SlabRef, IndexedLayer)>,
-    free: Vec<SlabRef>,
-    /// Number of slabs ever used.
-    next: u32,
-    leftovers: BTreeSet<(u32, u8)>,
-    /// Records that only their copy has.
-    repairs: Vec<(SlabRef, [u8; SECTOR])>,
-}
-
-fn scan_index(files: &Files, len: u64, mark: Mark, found: &mut Found) -> Result<(), OpenError> {
-    const CHUNK_SLABS: u64 = 512;
-    let slab_bytes = index_offset(1, 0);
-    let held = files.index.len().map_err(OpenError::io("cannot read index"))?;
-    // After a power cut the file may end with the first record of a pair.
-    let slabs = len.div_ceil(slab_bytes).min(u64::from(u32::MAX));
-    let mut buf = Vec::new();
-    for from in (0..slabs).step_by(CHUNK_SLABS as usize) {
-        let count = CHUNK_SLABS.min(slabs - from);
-        buf.clear();
-        buf.resize((count * slab_bytes) as usize, 0);
-        let held = held.saturating_sub(from * slab_bytes).min(buf.len() as u64) as usize;
-        files
-            .index
-            .read_at(&mut buf[..held], from * slab_bytes)
-            .map_err(OpenError::io("cannot read index"))?;
-        for (slab, bytes) in (from as u32..).zip(buf.chunks_exact(2 * SECTOR)) {
-            found.slab(files, slab, bytes, mark.checkpoint)?;
-        }
-    }
-    Ok(())
-}
-
-impl Found {
-    /// Takes up the committed one of a slab's two records, if it has one.
-    fn slab(
-        &mut self,
-        files: &Files,
-        slab: u32,
-        bytes: &[u8],
-        limit: u64,
-    ) -> Result<(), OpenError> {
-        let mut committed: Option<(SlabRef, IndexRecord)> = None;
-        let mut repair = None;
-        for (slot, bytes) in (0u8..).zip(bytes.chunks_exact(SECTOR)) {
-            let Some(bytes) = bytes.first_chunk::<SECTOR>() else { continue };
-            let copy = if self.careful { read_copy(files, slab, slot)? } else { [0; SECTOR] };
-            if *bytes == [0; SECTOR] && copy == [0; SECTOR] {
-                continue;
-            }
-            self.next = self.next.max(slab + 1);
-            let own = IndexRecord::decode(bytes, slab);
-            if own.is_none() && *bytes != [0; SECTOR] && self.damaged.len() < 16 {
-                self.damaged.push(slab);
-            }
-            let copied = IndexRecord::decode(&copy, slab).filter(|record| {
-                own.as_ref().is_none_or(|own| {
-                    own.checkpoint > limit
-                        || (own.checkpoint < record.checkpoint && record.checkpoint <= limit)
-                })
-            });
-            let (record, from, is_copy) = match (copied, own) {
-                (Some(record), _) => (record, &copy, true),
-                (None, Some(record)) => (record, bytes, false),
-                (None, None) => continue,
-            };
-            if record.checkpoint > limit {
-                self.leftovers.insert((slab, slot));
-            } else if committed.as_ref().is_none_or(|(_, c)| c.checkpoint < record.checkpoint) {
-                let place = SlabRef { slab, slot, hash: slot_hash(from) };
-                repair = is_copy.then_some((place, *from));
-                committed = Some((place, record));
-            }
-        }
-        self.repairs.extend(repair);
-        let Some((place, record)) = committed else { return Ok(()) };
-        self.digest = self.digest.wrapping_add(place.hash);
-        match record.layer {
-            Some(layer) => self.layers.push((place, layer)),
-            None => self.free.push(place),
-        }
-        Ok(())
-    }
-
-    /// Brings the layers and free slabs into memory; gives the number of data blocks.
-    fn publish(&mut self, table: &Table, slabs: &mut Slabs) -> Result<u64, OpenError> {
-        let mut blocks = 0;
-        // Slabs that are skipped in the order of the used ones were never used.
-        let mut next = 0;
-        let used = self.layers.iter().map(|(place, _)| *place).chain(self.free.iter().copied());
-        let mut used: Vec<_> = used.map(|place| place.slab).collect();
-        used.sort_unstable();
-        for slab in used {
-            (next..slab).for_each(|slab| slabs.give(SlabRef::unused(slab)));
-            next = slab + 1;
-        }
-        (next..self.next).for_each(|slab| slabs.give(SlabRef::unused(slab)));
-        slabs.next = self.next;
-        self.free.drain(..).for_each(|slab| slabs.give(slab));
-        for (place, layer) in self.layers.drain(..) {
-            blocks += u64::from(publish_layer(table, place, layer)?);
-        }
-        Ok(blocks)
-    }
-}
-
-fn publish_layer(table: &Table, place: SlabRef, layer: IndexedLayer) -> Result<u16, OpenError> {
-    let damaged = |what: &str| OpenError::corrupt(INDEX, format!("slab {}: {what}", place.slab));
-    if layer.version == Version::NONE {
-        return Err(damaged("a layer without a version"));
-    }
-    let mut shard = table.shard_of(layer.key.object);
-    let state = shard.get_or_insert(layer.key);
-    if state.base.is_some() {
-        return Err(damaged("its layer has another slab too"));
-    }
-    state.version = layer.version;
-    state.data_blocks = layer.states.data_blocks();
-    state.zero_blocks = layer.states.zero_blocks();
-    let states = CompactStates::new(layer.states);
-    state.base = Some(Base { slab: place, sums_crc: layer.sums_crc, states });
-    table.count(layer.key, (Version::NONE, 0), (layer.version, state.data_blocks));
-    Ok(state.data_blocks)
-}
-
-fn read_copy(files: &Files, slab: u32, slot: u8) -> Result<[u8; SECTOR], OpenError> {
-    let mut copy = [0; SECTOR];
-    match files.sums.read_at(&mut copy, copy_offset(slab, slot)) {
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok([0; SECTOR]),
-        other => other.map(|()| copy).map_err(OpenError::io("cannot read sums")),
-    }
-}
-
-/// Writes records that only their copies in `sums` have where they belong.
-fn repair_index(files: &Files, found: &Found) -> Result<(), OpenError> {
-    for (place, bytes) in &found.repairs {
-        tracing::warn!(slab = place.slab, "index: a damaged record was repaired from its copy");
-        files
-            .index
-            .write_at(&[bytes], index_offset(place.slab, place.slot))
-            .map_err(OpenError::io("cannot repair index"))?;
-    }
-    if found.repairs.is_empty() {
-        return Ok(());
-    }
-    files.index.sync().map_err(OpenError::io("cannot repair index"))
 }
 
 impl Engine {

@@ -9,6 +9,7 @@ use std::io;
 use std::sync::Arc;
 
 use sheepdog_types::{BLOCK_SIZE, Layer, LayerKey, ObjectId};
+use smallvec::SmallVec;
 
 use crate::api::{BlockRange, BlockRun, BlockState, LayerImage, LayerStat, LayerSums, ReadOutcome};
 use crate::checkpoint::{SUMS_BYTES, sums_offset};
@@ -84,11 +85,11 @@ impl Piece {
     }
 }
 
-/// Where to read from, and what has to come out.
+/// Where to read from, and what has to come out. Small reads need no allocation.
 #[derive(Default)]
 pub(crate) struct Plan {
-    pieces: Vec<Piece>,
-    crcs: Vec<u32>,
+    pieces: SmallVec<[Piece; 2]>,
+    crcs: SmallVec<[u32; 16]>,
 }
 
 impl Plan {
@@ -148,7 +149,7 @@ impl LayerState {
     }
 }
 
-fn chain_of<'a>(shard: &'a Shard, object: ObjectId, chain: &[Layer]) -> Vec<Link<'a>> {
+fn chain_of<'a>(shard: &'a Shard, object: ObjectId, chain: &[Layer]) -> SmallVec<[Link<'a>; 2]> {
     let link = |layer: &Layer| {
         let key = LayerKey { object, layer: *layer };
         shard.get(key).map(|layer| Link { key, layer, sums: None })
@@ -500,7 +501,7 @@ fn plan_image(
     }
     let mut runs = runs(BlockRange::ALL, |block| layer.locate(block).state());
     runs.retain(|run| run.state != BlockState::Absent);
-    Ok((LayerSums { version: layer.version, runs, crcs: plan.crcs.clone() }, plan))
+    Ok((LayerSums { version: layer.version, runs, crcs: plan.crcs.to_vec() }, plan))
 }
 
 /// The blocks of `range` as runs of equal state.

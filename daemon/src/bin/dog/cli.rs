@@ -2,7 +2,7 @@
 
 use crate::address::{parse_nbd, parse_node, parse_vhost_user};
 use clap::{Args, Parser, Subcommand, value_parser};
-use sheepdog::api::{Protocol, Request};
+use sheepdog::api::{Ack, Protocol, Request};
 use sheepdog_types::parse_size;
 use std::net::SocketAddr;
 
@@ -114,6 +114,10 @@ pub enum VolumeCommand {
         /// Fewest replicas with which I/O goes on; when absent, 2 of 3 copies, 1 of 1 or 2.
         #[arg(long, value_name = "N", value_parser = value_parser!(u8).range(1..))]
         min_copies: Option<u8>,
+        /// When a write is acknowledged: held in memory by all replicas and durable at the guest's
+        /// next flush, or durable at once.
+        #[arg(long, value_name = "flush|commit", default_value = "flush", value_parser = parse_ack)]
+        ack: Ack,
     },
     /// List the volumes.
     #[command(after_help = "Example:\n  dog volume list")]
@@ -201,14 +205,23 @@ impl Command {
     }
 }
 
+fn parse_ack(text: &str) -> Result<Ack, String> {
+    match text {
+        "flush" => Ok(Ack::Flush),
+        "commit" => Ok(Ack::Commit),
+        _ => Err("use flush or commit".into()),
+    }
+}
+
 impl VolumeCommand {
     fn request(&self) -> Request {
         match self {
-            Self::Create { name, size, copies, min_copies } => Request::VolumeCreate {
+            Self::Create { name, size, copies, min_copies, ack } => Request::VolumeCreate {
                 name: name.clone(),
                 size: *size,
                 copies: *copies,
                 min_copies: *min_copies,
+                ack: *ack,
             },
             Self::List => Request::VolumeList,
             Self::Info { name } => Request::VolumeInfo { name: name.clone() },
@@ -280,16 +293,21 @@ mod tests {
         let name = || "v".to_string();
         assert_eq!(request("dog volume info v"), Request::VolumeInfo { name: name() });
         assert_eq!(request("dog vdi delete v"), Request::VolumeDelete { name: name() });
-        let create = |size, copies, min_copies| Request::VolumeCreate {
+        let create = |size, copies, min_copies, ack| Request::VolumeCreate {
             name: name(),
             size,
             copies,
             min_copies,
+            ack,
         };
-        assert_eq!(request("dog volume create v 10G"), create(10 << 30, None, None));
+        assert_eq!(request("dog volume create v 10G"), create(10 << 30, None, None, Ack::Flush));
+        assert_eq!(
+            request("dog volume create v 10G --ack commit"),
+            create(10 << 30, None, None, Ack::Commit)
+        );
         assert_eq!(
             request("dog vdi create v 4096 --copies 2 --min-copies 1"),
-            create(4096, Some(2), Some(1))
+            create(4096, Some(2), Some(1), Ack::Flush)
         );
     }
 

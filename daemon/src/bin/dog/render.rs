@@ -6,8 +6,8 @@ use crate::time::format_time;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, from_value};
 use sheepdog::api::{
-    ClusterInfo, DiskInfo, ExportInfo, Health, NodeInfo, Protocol, Request, SlotCounts, Status,
-    VolumeInfo,
+    Ack, ClusterInfo, DiskInfo, ExportInfo, Health, NodeInfo, Protocol, Request, SlotCounts,
+    Status, VolumeInfo,
 };
 use sheepdog_types::format_size;
 use std::fmt::Display;
@@ -217,6 +217,13 @@ fn volume_list(volumes: &[VolumeInfo]) -> String {
     table.render()
 }
 
+fn ack_text(ack: Ack) -> &'static str {
+    match ack {
+        Ack::Flush => "acknowledged when all replicas have them, durable after a flush",
+        Ack::Commit => "acknowledged when durable on all replicas",
+    }
+}
+
 fn volume_info(volume: &VolumeInfo) -> String {
     let mut text = fields([
         ("Name", volume.name.clone()),
@@ -224,6 +231,7 @@ fn volume_info(volume: &VolumeInfo) -> String {
         ("Size", format!("{} ({} bytes)", format_size(volume.size), volume.size)),
         ("Used", size_or_dash(volume.used)),
         ("Copies", format!("{}, I/O needs at least {}", volume.copies, volume.min_copies)),
+        ("Writes", ack_text(volume.ack).into()),
         ("Attached to", or_dash(volume.attached_to.as_ref())),
         ("Writer", volume.writer.to_string()),
         ("Created", format!("{} UTC", format_time(volume.created))),

@@ -3,7 +3,7 @@
 mod offline;
 
 use clap::{Parser, ValueEnum};
-use sheepdog::node::{self, Config, StartError};
+use sheepdog::node::{self, Cache, Config, IoBackend, StartError};
 use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -52,6 +52,13 @@ struct Arguments {
     /// Allow addresses outside loopback although connections are not encrypted yet.
     #[arg(long)]
     insecure: bool,
+    /// How disks are read and written: through the host's page cache, or past it (O_DIRECT), which
+    /// leaves the memory to the guests.
+    #[arg(long, value_enum, default_value_t = CacheMode::Page)]
+    cache: CacheMode,
+    /// What carries out disk I/O that has to wait.
+    #[arg(long, value_enum, default_value_t = IoEngine::Auto)]
+    io: IoEngine,
     /// How to write the log.
     #[arg(long, value_enum, default_value_t = LogFormat::Human)]
     log_format: LogFormat,
@@ -63,6 +70,24 @@ enum LogFormat {
     Human,
     /// A JSON object a line.
     Json,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum CacheMode {
+    /// Through the page cache.
+    Page,
+    /// Past it.
+    Direct,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum IoEngine {
+    /// io_uring, or threads where the kernel refuses it.
+    Auto,
+    /// io_uring; without it sheep does not start.
+    Uring,
+    /// A few threads for each disk.
+    Threads,
 }
 
 fn zone(text: &str) -> Result<String, String> {
@@ -130,6 +155,15 @@ async fn run(arguments: Arguments) -> Result<(), StartError> {
         zone: arguments.zone,
         disks: arguments.disks,
         insecure: arguments.insecure,
+        cache: match arguments.cache {
+            CacheMode::Page => Cache::Page,
+            CacheMode::Direct => Cache::Direct,
+        },
+        io: match arguments.io {
+            IoEngine::Auto => IoBackend::Auto,
+            IoEngine::Uring => IoBackend::Uring,
+            IoEngine::Threads => IoBackend::Threads,
+        },
     };
     let node = tokio::select! {
         node = node::start(config) => node?,
