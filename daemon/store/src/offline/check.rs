@@ -40,8 +40,8 @@ pub(crate) fn examine(
     let log = replay::replay(&disk, &mut model, &mut report, progress, &mut |_| {});
     report.totals = totals(&disk, &model, &log);
     if model.log_is_cut {
-        report.incomplete = Some(
-            "the log cannot be followed to its end: blocks that it replaced may be named below",
+        report.incomplete.get_or_insert(
+            "the log cannot be followed to its end: blocks that it replaced may be named as damaged",
         );
     }
     let mut check = Check {

@@ -181,6 +181,9 @@ pub(super) fn read(disk: &Disk, report: &mut Report, progress: &mut dyn FnMut(Pr
     let mut load =
         Load { disk, report, model: Model::default(), trust, lost: right.is_none(), named: false };
     for_each_slab(disk, trust, "index and its copies", progress, |slab| load.take(slab));
+    if load.lost {
+        load.report.incomplete = Some("layers may be missing from the index");
+    }
     if load.lost && !load.named {
         let what = "records are missing or from another time: they are not those of the mark";
         load.report.add(Finding::damage(INDEX, what));

@@ -184,7 +184,7 @@ impl Report {
         self.counts.iter().sum::<u64>() - self.findings.len() as u64
     }
 
-    fn add(&mut self, finding: Finding) {
+    pub(crate) fn add(&mut self, finding: Finding) {
         self.counts[finding.severity as usize] += 1;
         if self.findings.len() < MAX_FINDINGS {
             self.findings.push(finding);

@@ -7,6 +7,7 @@ mod enumerate;
 mod full;
 mod later;
 mod model;
+mod offline;
 mod oracle;
 mod race;
 mod scrub;

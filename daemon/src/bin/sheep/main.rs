@@ -1,5 +1,7 @@
 //! `sheep`: the daemon that runs on every host.
 
+mod offline;
+
 use clap::{Parser, ValueEnum};
 use sheepdog::node::{self, Cache, Config, IoBackend, StartError};
 use std::io::IsTerminal;
@@ -18,15 +20,21 @@ use tracing_subscriber::EnvFilter;
 /// Examples:
 ///   sheep --dir /var/lib/sheepdog
 ///   sheep --dir /srv/b --listen 127.0.0.1:7001 --join 127.0.0.1:7000
+///   sheep check /var/lib/sheepdog      (while it is stopped)
 ///
 /// SIGTERM and SIGINT stop it cleanly. It logs to standard error; RUST_LOG chooses what, as in
 /// RUST_LOG=sheepdog=debug.
 #[derive(Debug, Parser)]
 #[command(name = "sheep", version, verbatim_doc_comment)]
+#[command(subcommand_negates_reqs = true, args_conflicts_with_subcommands = true)]
 struct Arguments {
+    /// Without one, the daemon runs.
+    #[command(subcommand)]
+    command: Option<offline::Command>,
     /// Directory of this node; created when it does not exist.
-    #[arg(long, value_name = "DIR")]
-    dir: PathBuf,
+    // Required, unless there is a subcommand.
+    #[arg(long, value_name = "DIR", required = true)]
+    dir: Option<PathBuf>,
     /// Address for peers, the cluster log and administration [default: the one used last, or
     /// 127.0.0.1:7000]
     #[arg(long, value_name = "IP:PORT")]
@@ -115,6 +123,9 @@ fn start_log(format: LogFormat) {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if let Some(command) = &arguments.command {
+        return command.run();
+    }
     start_log(arguments.log_format);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -138,7 +149,7 @@ async fn run(arguments: Arguments) -> Result<(), StartError> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let config = Config {
-        dir: arguments.dir,
+        dir: arguments.dir.expect("required without a subcommand"),
         listen: arguments.listen,
         join: arguments.join,
         zone: arguments.zone,
