@@ -160,7 +160,9 @@ fn report_text(dir: &Path, report: &Report) -> String {
     let totals = &report.totals;
     let mut text = format!("{}\n", dir.display());
     // Writing to a string does not fail.
-    let mut line = |arguments: std::fmt::Arguments<'_>| drop(writeln!(text, "{arguments}"));
+    let mut line = |arguments: std::fmt::Arguments<'_>| {
+        let _ = writeln!(text, "{arguments}");
+    };
     if let Some(ids) = report.ids {
         line(format_args!("cluster {}, node {}, disk {}", ids.cluster, ids.node, ids.disk));
         line(format_args!(
@@ -204,10 +206,11 @@ fn finding_text(finding: &Finding) -> String {
     if let Some(layer) = finding.layer {
         let _ = write!(text, ", layer {layer}");
     }
-    match (finding.block, finding.blocks) {
-        (Some(block), 0 | 1) => drop(write!(text, ", block {block}")),
-        (Some(block), blocks) => drop(write!(text, ", {blocks} blocks from {block} on")),
-        (None, _) => {}
+    if let Some(block) = finding.block {
+        let _ = match finding.blocks {
+            0 | 1 => write!(text, ", block {block}"),
+            blocks => write!(text, ", {blocks} blocks from {block} on"),
+        };
     }
     format!("{text}: {}", finding.what)
 }

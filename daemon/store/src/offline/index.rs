@@ -23,7 +23,8 @@ enum Trust {
     Newest,
 }
 
-/// A sector that should hold a record.
+/// A sector that should hold a record. Two at a time, on the stack.
+#[expect(clippy::large_enum_variant, reason = "never stored")]
 enum Seen {
     Empty,
     Bad,
