@@ -149,7 +149,7 @@ fn expected_request(args: &[&str]) -> Value {
         "node scrub status" => json!({"command": "node-scrub-status"}),
         "node scrub pause" => json!({"command": "node-scrub-pause"}),
         "volume create vm1 10G" => json!({"command": "volume-create", "name": "vm1",
-            "size": 10_737_418_240_u64, "copies": null, "min_copies": null}),
+            "size": 10_737_418_240_u64, "copies": null, "min_copies": null, "ack": "flush"}),
         "volume list" => json!({"command": "volume-list"}),
         "volume info vm1" => json!({"command": "volume-info", "name": "vm1"}),
         "volume delete vm1" => json!({"command": "volume-delete", "name": "vm1"}),
@@ -215,10 +215,11 @@ fn documented_examples_are_what_the_library_promises() {
 #[test]
 fn options_of_a_command_reach_the_node() {
     let error = json!({"error": "no"});
-    let create = ["volume", "create", "v", "1.5K", "--copies", "2", "--min-copies", "1"];
+    let create =
+        ["volume", "create", "v", "1.5K", "--copies", "2", "--min-copies", "1", "--ack", "commit"];
     let (_, request) = FakeNode::answering(&error).dog(&create);
     let expected = json!({"command": "volume-create", "name": "v", "size": 1536, "copies": 2,
-        "min_copies": 1});
+        "min_copies": 1, "ack": "commit"});
     assert_eq!(request, Some(expected));
     for (args, protocol, address) in [
         (&[][..], json!(null), json!(null)),
