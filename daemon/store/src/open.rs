@@ -23,6 +23,10 @@ use crate::log::{LogState, Record, Replay, Ring, segment_name};
 use crate::medium::{Medium, VFile};
 use crate::states::{STATES_BYTES, States};
 
+/// Slabs that a record may be ahead of those known: as many changes may have taken one, but have no
+/// record yet. It bounds what a wrong record can make of the tables.
+const MAX_AHEAD: u32 = 4096;
+
 pub(crate) const SUPERBLOCK: &str = "superblock";
 pub(crate) const DATA: &str = "data";
 pub(crate) const INDEX: &str = "index";
@@ -360,7 +364,7 @@ impl Engine {
         match header.kind {
             Kind::Data | Kind::Clear => {
                 let Some(slab) = self.replay_slab(log, header, true)? else {
-                    return damaged("names a slab that is in use");
+                    return damaged("names a slab that it cannot have");
                 };
                 self.apply_write(log, header, slab, record.crcs());
             }
@@ -369,7 +373,7 @@ impl Engine {
                     return damaged("has wrong block states");
                 };
                 let Some(slab) = self.replay_slab(log, header, false)? else {
-                    return damaged("names a slab that is in use");
+                    return damaged("names a slab that it cannot have");
                 };
                 let entries = install_entries(slab, &states, crcs_from_bytes(crcs));
                 self.apply_replace(log, key, (header.version, Some(slab)), false, entries);
@@ -420,7 +424,8 @@ impl Engine {
         }
         // The tables were extended for it, but a file's length may be lost with its last blocks.
         if header.slab >= log.slabs.room {
-            if header.slab == NO_SLAB {
+            let ahead = header.slab.saturating_sub(log.slabs.next.max(log.slabs.room));
+            if header.slab == NO_SLAB || ahead > MAX_AHEAD {
                 return Ok(None);
             }
             self.grow(log, header.slab + 1).map_err(OpenError::io("cannot extend the tables"))?;

@@ -12,7 +12,7 @@
 //!
 //! To see that they can fail, break one line of the store, then run
 //! `HISTORIES=6000 cargo test -p sheepdog-store --lib crash` and, for what is marked (b), the tests
-//! `damage`. Format 1 was broken in these ways, each of which was noticed:
+//! `damage`. The store was broken in these ways, each of which was noticed:
 //!
 //! * `checkpoint::run` does not sync the log first; `checkpoint::commit` does not sync `data`,
 //!   `sums` or `index`, or writes the mark before these; `write_mark` does not sync.
@@ -25,6 +25,14 @@
 //!   headers; incarnations do not grow; the mark keeps saying that the log is empty.
 //! * Index records of an uncommitted checkpoint count.
 //! * A torn tail is not told from damage (b).
+//! * `prove` does nothing, or does not sync its note; flushes or opening do not sync what was written
+//!   straight to slabs; `is_whole` takes unproven direct records as they are, or compares proven ones.
+//! * `prior_end` does not count; writes go straight to slabs over what is committed or waits there.
+//! * A dropped slab is free at once, or before the commit; one that a merge needs is punched before.
+//! * `slab_committed` is not called; a write publishes the slab that it looked up before its append.
+//! * A failed sync of slabs in a checkpoint does not fail the store, or a flush may run before that
+//!   is known; a merge does not wait for a checkpoint that applies the lower layer (by the tests
+//!   below, not by histories).
 //!
 //! Not noticed, since nothing depends on them as long as sectors are not torn: which of two good
 //! marks counts while they differ, and a sync between writing the two.
