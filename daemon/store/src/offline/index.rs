@@ -28,7 +28,8 @@ enum Trust {
 enum Seen {
     Empty,
     Bad,
-    Record(IndexRecord, u64),
+    /// With its part in the index digest.
+    Record(Box<IndexRecord>, u64),
 }
 
 impl Seen {
@@ -37,14 +38,14 @@ impl Seen {
             return Self::Empty;
         }
         match IndexRecord::decode(sector, slab) {
-            Some(record) => Self::Record(record, slot_hash(sector)),
+            Some(record) => Self::Record(Box::new(record), slot_hash(sector)),
             None => Self::Bad,
         }
     }
 
     fn record(&self) -> Option<(&IndexRecord, u64)> {
         match self {
-            Self::Record(record, hash) => Some((record, *hash)),
+            Self::Record(record, hash) => Some((&**record, *hash)),
             _ => None,
         }
     }
