@@ -23,8 +23,7 @@ enum Trust {
     Newest,
 }
 
-/// A sector that should hold a record. Two at a time, on the stack.
-#[expect(clippy::large_enum_variant, reason = "never stored")]
+/// A sector that should hold a record.
 enum Seen {
     Empty,
     Bad,
