@@ -336,10 +336,12 @@ impl<'a> Replay<'a> {
         Ok(Header::is_sealed(&head, tables, ring.seed).then_some(header))
     }
 
-    /// Up to which LSN the log is known to have been durable once, and what says so: its own
-    /// records from the start on, and any record that is left behind its end.
+    /// Up to which LSN the log is known to have been durable once, and what says so: the mark, its
+    /// own records from the start on, and any record that is left behind its end.
     pub(crate) fn find_proof(mut self) -> io::Result<Proof> {
-        let mut proof = Proof { durable: self.start, said_at: self.start, end: self.start };
+        // An opening makes the log durable before it writes the mark.
+        let durable = self.start.max(self.mark.prior_end);
+        let mut proof = Proof { durable, said_at: durable, end: self.start };
         while let Some(record) = self.next(false)? {
             proof.hear(&record.header);
         }

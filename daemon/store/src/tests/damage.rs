@@ -393,3 +393,26 @@ fn a_copy_that_a_crash_left_does_not_hinder_the_repair_of_another_record() {
         }
     }
 }
+
+/// An opening makes what it replayed durable and notes its end in the mark: from then on, damage to
+/// the last record is not a torn tail, though no record says that it was durable.
+#[test]
+fn what_an_opening_found_is_not_a_torn_tail_later() {
+    let medium = SimMedium::default();
+    let engine = new_sim(&medium);
+    let version = super::support::version(1, 1);
+    let op = Op::Write { key: key(1, 0, 0), version, first: 0, tags: vec![1] };
+    op.apply_to_store(&engine, &Model::new()).unwrap();
+    let (start, _) = log_range(&engine);
+    drop(engine);
+    medium.kill();
+    drop(open_sim(&medium).unwrap());
+    medium.tamper("log/0000", |flip, _| flip(start + 50, 4));
+    match open_sim(&medium).map(|_| ()) {
+        Err(OpenError::Corrupt { file, what }) => {
+            assert_eq!(file, "log/0000");
+            assert!(what.contains("was durable"), "{what}");
+        }
+        other => panic!("{other:?}"),
+    }
+}

@@ -10,8 +10,8 @@ use sheepdog_types::{BLOCK_SIZE, LayerKey, OBJECT_SIZE, SLOTS, SlotId, Version};
 
 use super::sim::{SECTOR, SimMedium, random_fate};
 use super::support::{
-    LARGE_BLOCKS, Model, ModelLayer, Op, Rng, blocks_of, create_sim, in_parallel, key, large,
-    log_range, new_sim, open_sim, seed, setting, small, version, versions,
+    Model, ModelLayer, Op, Rng, blocks_of, create_sim, in_parallel, key, log_range, new_sim,
+    open_sim, seed, setting, small, version, versions,
 };
 use crate::checkpoint::{copy_offset, index_offset, sums_offset};
 use crate::engine::Engine;
@@ -66,11 +66,16 @@ fn agrees(medium: &SimMedium, place: &str) {
     assert_eq!(totals.free_slabs, free as u64, "{place}");
 }
 
+/// With room in the log for writes that are large enough to go straight to a slab.
+fn roomy() -> Options {
+    Options { log_bytes: 4 << 20, segment_bytes: 1 << 20, ..Options::default() }
+}
+
 /// A change, sometimes one whose bytes go straight to the slab.
 fn random_op(rng: &mut Rng, now: &Model, large: bool) -> Op {
     match Op::random(rng, now, 12) {
         Op::Write { key, version, first, .. } if large && rng.chance(30) => {
-            let count = LARGE_BLOCKS / 3 + rng.below(9) as u16;
+            let count = 64 + rng.below(30) as u16;
             let tags = (0..count).map(|_| 1 + rng.next() / 2).collect();
             Op::Write { key, version, first: first * 4, tags }
         }
@@ -110,7 +115,7 @@ fn a_store_is_found_right_and_the_same_after_any_history() {
         let mut rng = Rng(first.wrapping_add(number));
         let medium = SimMedium::default();
         let is_large = rng.chance(40);
-        create_sim(&medium, &if is_large { large() } else { small() }).unwrap();
+        create_sim(&medium, &if is_large { roomy() } else { small() }).unwrap();
         for life in 0..1 + rng.below(4) {
             if rng.chance(70) {
                 medium.set_fuse(rng.below(120));
@@ -160,7 +165,7 @@ fn write(engine: &Engine, key: LayerKey, seq: u64, first: u16, tags: &[u64]) -> 
 
 fn sample() -> Sample {
     let medium = SimMedium::default();
-    create_sim(&medium, &large()).unwrap();
+    create_sim(&medium, &roomy()).unwrap();
     let engine = open_sim(&medium).unwrap();
     write(&engine, key(1, 0, 0), 1, 0, &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
     write(&engine, key(1, 1, 0), 1, 0, &[11]);
@@ -331,7 +336,7 @@ fn what_the_mark_proves_is_not_a_torn_end() {
 #[test]
 fn a_direct_write_that_was_not_durable_is_the_torn_end_of_the_log() {
     let medium = SimMedium::default();
-    create_sim(&medium, &large()).unwrap();
+    create_sim(&medium, &roomy()).unwrap();
     let engine = open_sim(&medium).unwrap();
     write(&engine, key(1, 0, 0), 1, 0, &[1]);
     let tags: Vec<u64> = (100..200).collect();
