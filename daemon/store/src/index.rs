@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::ops::Range;
 
 use sheepdog_types::Version;
 
@@ -47,16 +48,17 @@ pub(crate) fn load(files: &Files, mark: Mark, cache_bytes: u64) -> Result<Loaded
     // After a power cut the file may end with the first record of a pair.
     let in_index = index_len.div_ceil(index_offset(1, 0));
     let in_sums = sums_len / sums_offset(1, 0);
-    let mut scan = Scan::new(files, mark, cache_bytes, Copies::None);
-    let mut scanned = scan.run(in_index);
-    let first_damaged = scan.damaged;
+    let mut table = Table::new(cache_bytes);
+    let mut scanned = scan(files, &table, mark, Copies::None, in_index);
+    let first_damaged = scanned.as_ref().ok().and_then(|scan| scan.damaged);
     for copies in [Copies::OfDamaged, Copies::IfNewer] {
-        if scanned.is_err() || scan.digest != mark.index_digest {
-            scan = Scan::new(files, mark, cache_bytes, copies);
-            scanned = scan.run(in_index.max(in_sums));
+        if scanned.as_ref().is_ok_and(|scan| scan.digest == mark.index_digest) {
+            break;
         }
+        table = Table::new(cache_bytes);
+        scanned = scan(files, &table, mark, copies, in_index.max(in_sums));
     }
-    scanned?;
+    let mut scan = scanned?;
     if scan.digest != mark.index_digest {
         let what = first_damaged.map_or_else(
             || "records are missing or from another time".into(),
@@ -65,62 +67,108 @@ pub(crate) fn load(files: &Files, mark: Mark, cache_bytes: u64) -> Result<Loaded
         return Err(OpenError::corrupt(INDEX, what));
     }
     repair(files, &scan.repairs)?;
-    let mut loaded = scan.loaded;
-    loaded.free.retain(|slab| slab.slab < loaded.next);
+    let next = scan.next;
+    scan.free.retain(|slab| slab.slab < next);
     let room = (index_len / index_offset(1, 0)).min(in_sums);
-    loaded.room = u32::try_from(room).unwrap_or(u32::MAX);
-    Ok(loaded)
+    let room = u32::try_from(room).unwrap_or(u32::MAX);
+    let Scan { free, leftovers, blocks, .. } = scan;
+    Ok(Loaded { table, free, next, room, leftovers, blocks })
 }
 
-/// One pass over the index.
-struct Scan<'a> {
-    files: &'a Files,
+/// Reads the records of `slabs` slabs into `table`, by several threads if they are many.
+fn scan(
+    files: &Files,
+    table: &Table,
     mark: Mark,
     copies: Copies,
+    slabs: u64,
+) -> Result<Scan, OpenError> {
+    let slabs = slabs.min(u64::from(u32::MAX));
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u64;
+    let threads = cores.min(MAX_THREADS).min(slabs / SLABS_PER_THREAD).max(1);
+    let part = slabs.div_ceil(threads).max(1);
+    let scanner = Scanner { files, table, mark, copies };
+    let parts = std::thread::scope(|scope| {
+        let ranges = (0..threads).map(|n| (n * part).min(slabs)..((n + 1) * part).min(slabs));
+        let rest: Vec<_> =
+            ranges.clone().skip(1).map(|range| scope.spawn(move || scanner.run(range))).collect();
+        let mut parts: Vec<_> = ranges.take(1).map(|range| scanner.run(range)).collect();
+        parts.extend(rest.into_iter().map(|thread| {
+            let died = |_| Err(OpenError::corrupt(INDEX, "the thread that read it panicked"));
+            thread.join().unwrap_or_else(died)
+        }));
+        parts
+    });
+    parts.into_iter().try_fold(Scan::default(), |mut all, part| {
+        all.add(part?);
+        Ok(all)
+    })
+}
+
+/// Threads that read an index, and the slabs that are worth one.
+const MAX_THREADS: u64 = 4;
+const SLABS_PER_THREAD: u64 = 16_384;
+
+/// How to read the index.
+#[derive(Clone, Copy)]
+struct Scanner<'a> {
+    files: &'a Files,
+    table: &'a Table,
+    mark: Mark,
+    copies: Copies,
+}
+
+/// What was found in a part of the index; the layers are in the table.
+#[derive(Default)]
+struct Scan {
     digest: u64,
     /// The first slab with a record that is neither whole nor empty.
     damaged: Option<u32>,
     /// Records that only their copy has.
     repairs: Vec<(SlabRef, [u8; SECTOR])>,
-    loaded: Loaded,
+    free: Vec<SlabRef>,
+    next: u32,
+    leftovers: BTreeSet<(u32, u8)>,
+    blocks: u64,
 }
 
-impl<'a> Scan<'a> {
-    fn new(files: &'a Files, mark: Mark, cache_bytes: u64, copies: Copies) -> Self {
-        let loaded = Loaded {
-            table: Table::new(cache_bytes),
-            free: Vec::new(),
-            next: 0,
-            room: 0,
-            leftovers: BTreeSet::new(),
-            blocks: 0,
-        };
-        Self { files, mark, copies, digest: 0, damaged: None, repairs: Vec::new(), loaded }
+impl Scan {
+    /// Adds what was found behind this.
+    fn add(&mut self, part: Self) {
+        self.digest = self.digest.wrapping_add(part.digest);
+        self.damaged = self.damaged.or(part.damaged);
+        self.repairs.extend(part.repairs);
+        self.free.extend(part.free);
+        self.next = self.next.max(part.next);
+        self.leftovers.extend(part.leftovers);
+        self.blocks += part.blocks;
     }
+}
 
-    fn run(&mut self, slabs: u64) -> Result<(), OpenError> {
+impl Scanner<'_> {
+    fn run(&self, slabs: Range<u64>) -> Result<Scan, OpenError> {
         const CHUNK_SLABS: u64 = 256;
+        let mut scan = Scan::default();
         let index = &self.files.index;
         let slab_bytes = index_offset(1, 0);
         let len = index.len().map_err(OpenError::io("cannot read index"))?;
-        let slabs = slabs.min(u64::from(u32::MAX));
         let mut buf = vec![0; (CHUNK_SLABS * slab_bytes) as usize];
-        for from in (0..slabs).step_by(CHUNK_SLABS as usize) {
-            let wanted = (CHUNK_SLABS.min(slabs - from) * slab_bytes) as usize;
+        for from in slabs.clone().step_by(CHUNK_SLABS as usize) {
+            let wanted = (CHUNK_SLABS.min(slabs.end - from) * slab_bytes) as usize;
             let held = len.saturating_sub(from * slab_bytes).min(wanted as u64) as usize;
             index
                 .read_at(&mut buf[..held], from * slab_bytes)
                 .map_err(OpenError::io("cannot read index"))?;
             buf[held..].fill(0);
             for (slab, bytes) in (from as u32..).zip(buf[..wanted].chunks_exact(2 * SECTOR)) {
-                self.slab(slab, bytes)?;
+                self.slab(&mut scan, slab, bytes)?;
             }
         }
-        Ok(())
+        Ok(scan)
     }
 
     /// Takes up the committed one of a slab's two records. A slab without one is free.
-    fn slab(&mut self, slab: u32, bytes: &[u8]) -> Result<(), OpenError> {
+    fn slab(&self, scan: &mut Scan, slab: u32, bytes: &[u8]) -> Result<(), OpenError> {
         let mut committed: Option<(SlabRef, IndexRecord)> = None;
         let mut repair = None;
         for (slot, bytes) in (0u8..).zip(bytes.chunks_exact(SECTOR)) {
@@ -135,30 +183,30 @@ impl<'a> Scan<'a> {
             if empty && copy == [0; SECTOR] {
                 continue;
             }
-            self.loaded.next = self.loaded.next.max(slab + 1);
+            scan.next = scan.next.max(slab + 1);
             if own.is_none() && !empty {
-                self.damaged.get_or_insert(slab);
+                scan.damaged.get_or_insert(slab);
             }
             let Some((record, from)) = self.choose(slab, (own, bytes), &copy) else { continue };
             if record.checkpoint > self.mark.checkpoint {
-                self.loaded.leftovers.insert((slab, slot));
+                scan.leftovers.insert((slab, slot));
             } else if committed.as_ref().is_none_or(|(_, c)| c.checkpoint < record.checkpoint) {
                 let place = SlabRef { slab, slot, hash: slot_hash(from) };
                 repair = (from != bytes).then_some((place, *from));
                 committed = Some((place, record));
             }
         }
-        self.repairs.extend(repair);
+        scan.repairs.extend(repair);
         let Some((place, record)) = committed else {
-            self.loaded.free.push(SlabRef::unused(slab));
+            scan.free.push(SlabRef::unused(slab));
             return Ok(());
         };
-        self.digest = self.digest.wrapping_add(place.hash);
+        scan.digest = scan.digest.wrapping_add(place.hash);
         match record.layer {
             Some(layer) => {
-                self.loaded.blocks += u64::from(publish(&self.loaded.table, place, layer)?);
+                scan.blocks += u64::from(publish(self.table, place, layer)?);
             }
-            None => self.loaded.free.push(place),
+            None => scan.free.push(place),
         }
         Ok(())
     }

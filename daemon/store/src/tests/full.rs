@@ -5,7 +5,8 @@ use rustix::io::Errno;
 
 use super::sim::{Fault, SimMedium};
 use super::support::{Model, Op, check_equal, key, new_sim, open_sim, version};
-use crate::error::WriteError;
+use crate::error::{ReadError, WriteError};
+use crate::medium::{Medium, VFile};
 
 fn write(index: u32, seq: u64, tags: &[u64]) -> Op {
     let tags = tags.to_vec();
@@ -132,4 +133,88 @@ fn i11_a_mark_that_may_count_is_not_undone_by_later_checkpoints() {
         medium.lose(512, &mut |_| 0);
         check_equal(&open_sim(&medium).unwrap(), &model).unwrap();
     }
+}
+
+/// A medium whose file `data` cannot be read in one range.
+struct BadSpot {
+    inner: SimMedium,
+    bad: std::ops::Range<u64>,
+}
+
+struct BadFile {
+    inner: std::sync::Arc<dyn VFile>,
+    bad: std::ops::Range<u64>,
+}
+
+impl Medium for BadSpot {
+    fn open(&self, name: &str, create: bool) -> std::io::Result<std::sync::Arc<dyn VFile>> {
+        let inner = self.inner.open(name, create)?;
+        let bad = if name == "data" { self.bad.clone() } else { 0..0 };
+        Ok(std::sync::Arc::new(BadFile { inner, bad }))
+    }
+    fn sync_names(&self) -> std::io::Result<()> {
+        self.inner.sync_names()
+    }
+    fn space(&self) -> std::io::Result<(u64, u64)> {
+        self.inner.space()
+    }
+}
+
+impl VFile for BadFile {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<()> {
+        if offset < self.bad.end && self.bad.start < offset + buf.len() as u64 {
+            return Err(Errno::IO.into());
+        }
+        self.inner.read_at(buf, offset)
+    }
+    fn write_at(&self, parts: &[&[u8]], offset: u64) -> std::io::Result<()> {
+        self.inner.write_at(parts, offset)
+    }
+    fn sync(&self) -> std::io::Result<()> {
+        self.inner.sync()
+    }
+    fn len(&self) -> std::io::Result<u64> {
+        self.inner.len()
+    }
+    fn allocate(&self, len: u64) -> std::io::Result<()> {
+        self.inner.allocate(len)
+    }
+    fn punch(&self, offset: u64, len: u64) -> std::io::Result<()> {
+        self.inner.punch(offset, len)
+    }
+}
+
+#[test]
+fn i11_a_block_that_cannot_be_read_is_named_and_the_rest_is_served() {
+    let medium = SimMedium::default();
+    let engine = new_sim(&medium);
+    let mut model = Model::new();
+    apply(&engine, &mut model, &write(0, 1, &[1, 2, 3, 4])).unwrap();
+    engine.shut_down().unwrap();
+    drop(engine);
+    let bad = 2 * 4096 + 512..2 * 4096 + 1024;
+    let options = super::support::small();
+    let medium = std::sync::Arc::new(BadSpot { inner: medium, bad });
+    let engine = crate::open::open(medium, std::path::Path::new("/sim"), options).unwrap();
+    let object = key(1, 0, 0).object;
+    let layers = [sheepdog_types::Layer(0)];
+    let read = |first: u16, count: usize| {
+        let (mut buf, mut crcs) = (vec![0; count * 4096], vec![0; count]);
+        engine.read(object, &layers, first, &mut buf, &mut crcs).map(|_| buf)
+    };
+    for (first, count) in [(0, 4), (2, 1), (1, 2)] {
+        match read(first, count) {
+            Err(ReadError::Io { key: named, block: 2, .. }) => assert_eq!(named, key(1, 0, 0)),
+            other => panic!("{other:?}"),
+        }
+    }
+    for (first, tag) in [(0, 1), (1, 2), (3, 4)] {
+        assert_eq!(read(first, 1).unwrap(), super::oracle::bytes_of(tag));
+    }
+    assert_eq!(engine.damage.known(), [(key(1, 0, 0), 2)]);
+    // A write is not hindered by it, and heals it in memory; the disk may do so, too.
+    let op = write(0, 2, &[5, 6, 7]);
+    op.apply_to_store(&engine, &model).unwrap();
+    assert_eq!(read(2, 1).unwrap(), super::oracle::bytes_of(7));
+    assert_eq!(engine.damage.known(), []);
 }

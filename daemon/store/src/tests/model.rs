@@ -248,3 +248,29 @@ fn an_image_of_everything_fits_a_default_segment() {
     let store = Store::open(dir.path(), Options::default()).unwrap();
     check_equal(&store.engine, &model).unwrap();
 }
+
+#[test]
+fn many_layers_are_loaded_by_several_threads() {
+    const COUNT: u32 = 40_000;
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::create(dir.path(), IDS, Options::default()).unwrap();
+    let zero = Payload::Zero { count: 1, absent: false, release: false };
+    for index in 0..COUNT {
+        store.write(key(1, index, 0), Version::NONE, version(1, 1), 3, zero).unwrap();
+    }
+    // Slabs with a record that says that they are free.
+    store.flush_wait().unwrap();
+    store.close().unwrap();
+    let store = Store::open(dir.path(), Options::default()).unwrap();
+    for index in (0..COUNT).step_by(1000) {
+        assert!(store.delete(key(1, index, 0)).unwrap());
+    }
+    store.close().unwrap();
+    let store = Store::open(dir.path(), Options::default()).unwrap();
+    assert_eq!(store.usage().objects, u64::from(COUNT - COUNT / 1000));
+    for index in 0..COUNT {
+        let stat = store.stat(key(1, index, 0));
+        assert_eq!(stat.map_or(0, |stat| stat.zero_blocks), u16::from(index % 1000 != 0));
+    }
+    assert_eq!(store.engine.log.lock().unwrap().slabs.free().count(), 40);
+}
