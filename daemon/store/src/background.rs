@@ -44,6 +44,9 @@ pub(crate) struct Signals {
     requests: Mutex<Requests>,
     checkpointer: Condvar,
     checkpoint_asked: AtomicBool,
+    /// Whether a thread that waits for its flush syncs for all that wait, and told when it is done.
+    leading: Mutex<bool>,
+    led: Condvar,
 }
 
 impl Signals {
@@ -141,6 +144,26 @@ impl Engine {
         flushes.waiting.push(done);
         drop(flushes);
         self.signals.flusher.notify_one();
+    }
+
+    /// See [`crate::Store::flush_wait`]. A thread that waits anyhow needs no other: the first syncs,
+    /// those that come meanwhile wait for it, and then one of them syncs for all of them.
+    pub(crate) fn flush_wait(&self) -> Result<(), FlushError> {
+        let wanted = self.changed_to.load(SeqCst);
+        let mut leading = lock(&self.signals.leading);
+        while self.durable.load(SeqCst) < wanted {
+            if std::mem::replace(&mut *leading, true) {
+                leading = self.signals.led.wait(leading).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            drop(leading);
+            let result = self.sync_log();
+            leading = lock(&self.signals.leading);
+            *leading = false;
+            self.signals.led.notify_all();
+            result?;
+        }
+        Ok(())
     }
 
     fn has_unsynced(&self) -> bool {

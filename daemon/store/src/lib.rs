@@ -234,8 +234,7 @@ impl Store {
     /// # Errors
     /// [`FlushError`]: changes may be lost; the store takes no more writes.
     pub fn flush_wait(&self) -> Result<(), FlushError> {
-        // The flusher would do the same; a thread that waits anyhow needs no other.
-        self.engine.sync_log()
+        self.engine.flush_wait()
     }
 
     /// The layers of a slot, ascending by key.
