@@ -11,6 +11,7 @@ pub mod command;
 pub mod gateway;
 pub mod history;
 pub mod message;
+pub mod recovery;
 pub mod replica;
 pub mod resync;
 pub mod ring;

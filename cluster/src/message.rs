@@ -10,6 +10,7 @@
 //! All integers are little-endian. The tail is covered by the checksums of its blocks (I7), which
 //! whoever stores or uses the blocks verifies.
 
+use crate::recovery::Policy;
 use serde::{Deserialize, Serialize};
 use sheepdog_types::{
     BLOCK_SIZE, BLOCKS_PER_OBJECT, DiskId, Epoch, Layer, LayerKey, ObjectId, SlotId, Version,
@@ -151,6 +152,14 @@ pub enum Request {
         /// Which.
         key: LayerKey,
     },
+    /// Asks for the digests of some slots, over the layers of the volumes with this number of copies and
+    /// fewest copies ([`slot_digest`](crate::recovery::slot_digest)).
+    Digests {
+        /// Copies and fewest copies.
+        policy: Policy,
+        /// At most [`MAX_DIGESTS`].
+        slots: Vec<SlotId>,
+    },
     /// Asks for the layers that `holder` has to have too, in order of slot and key.
     List {
         /// The disk that compares itself.
@@ -273,6 +282,11 @@ pub enum Reply {
         version: Version,
         /// Blocks that are not absent.
         runs: Vec<Run>,
+    },
+    /// The digests asked for, in their order.
+    Digests {
+        /// One for each slot.
+        digests: Vec<u64>,
     },
     /// Layers.
     Listing {

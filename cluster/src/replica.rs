@@ -1,6 +1,7 @@
 //! What a replica checks before it touches its disk.
 
 use crate::message::{Body, Call, Reject, Request};
+use crate::recovery::MAX_DIGESTS;
 use crate::state::Volume;
 use crate::view::View;
 use sheepdog_types::{
@@ -48,7 +49,8 @@ pub fn admit(view: &View, node: NodeId, has_lease: bool, call: &Call) -> Result<
         Request::Fence { volume } => check_writer(find(view, *volume)?, call.writer),
         Request::Fetch { key } => check_place(view, call.disk, key.object).map(|_| ()),
         Request::List { from, to, .. } if from > to => Err(Reject::Malformed),
-        Request::Flush | Request::List { .. } => Ok(()),
+        Request::Digests { slots, .. } if slots.len() > MAX_DIGESTS => Err(Reject::Malformed),
+        Request::Flush | Request::List { .. } | Request::Digests { .. } => Ok(()),
     }
 }
 
