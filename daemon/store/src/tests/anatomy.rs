@@ -1,6 +1,6 @@
 //! What each byte of a store is for: the map by which tests damage one structure at a time.
 //!
-//! This knows the format (version 2) and changes with it, as does [`expected`], the table of what
+//! This knows the format (version 3) and changes with it, as does [`expected`], the table of what
 //! damage to each kind of structure must lead to.
 
 use std::collections::BTreeSet;
