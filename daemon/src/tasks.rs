@@ -2,6 +2,7 @@
 
 use crate::cluster::LEASE;
 use crate::control::{NodeReply, NodeRequest};
+use crate::liveness::{self, survey};
 use crate::node::{Node, StartError};
 use crate::{admin, resync};
 use sheepdog_log::ClusterLog;
@@ -26,6 +27,8 @@ const EXPORT_RETRY: Duration = Duration::from_millis(500);
 pub fn spawn_all(node: &Arc<Node>, refusals: mpsc::Receiver<NodeId>) -> Result<(), StartError> {
     until_stop(node, keep_lease);
     until_stop(node, tend);
+    until_stop(node, survey::judge);
+    until_stop(node, liveness::watch_links);
     until_stop(node, tick);
     until_stop(node, follow_views);
     until_stop(node, resume_exports);
@@ -63,8 +66,16 @@ async fn keep_lease(node: Arc<Node>) {
                 node.enter().await;
                 continue;
             }
+            Ok(NodeReply::Yield(reason)) => {
+                tracing::warn!(reason, "this node has to leave the cluster; trying to enter again");
+                node.enter().await;
+                continue;
+            }
             Ok(NodeReply::Granted) => {
-                sleep(RENEW_EVERY).await;
+                tokio::select! {
+                    () = sleep(RENEW_EVERY) => {}
+                    () = node.peers.reach.changed() => {}
+                }
                 continue;
             }
             Ok(_) => {}
@@ -109,6 +120,7 @@ async fn follow_views(node: Arc<Node>) {
     loop {
         changes.borrow_and_update();
         let view = node.cluster.view();
+        node.leader.observe(&node, &view);
         if view.epoch != last_epoch {
             let state = node.cluster.state();
             let cause = state.history.last().map_or_else(String::new, |r| r.cause.clone());
