@@ -52,6 +52,13 @@ pub enum NodeRequest {
         /// Up nodes that it cannot reach, at most [`MAX_COMPLAINTS`].
         unreachable: Vec<NodeId>,
     },
+    /// An incarnation of a node does not serve any more, and will not again.
+    Left {
+        /// The node.
+        node: NodeId,
+        /// The incarnation.
+        incarnation: u64,
+    },
     /// Lets a node in, if it and all up nodes reach each other; only the leader of the log can.
     Enter {
         /// The node.
@@ -64,7 +71,8 @@ pub enum NodeRequest {
         /// Which and where, at most [`MAX_COMPLAINTS`].
         targets: Vec<(NodeId, String)>,
     },
-    /// A node's port refuses connections: its process is gone.
+    /// A node's port refuses connections: its process is gone. For the leader of the log, or about
+    /// the leader.
     Refused {
         /// Which.
         node: NodeId,

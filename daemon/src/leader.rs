@@ -161,6 +161,15 @@ impl Leader {
         }
     }
 
+    /// An incarnation says that it has stopped serving for good.
+    pub async fn left(&self, node: &Node, id: NodeId, incarnation: u64) {
+        let reason = lock(&self.leases).condemned(id, incarnation).map(str::to_owned);
+        let Some(reason) = reason else { return };
+        if node.log.is_confirmed_leader() {
+            declare_down(node, id, incarnation, &reason).await;
+        }
+    }
+
     /// Pairs of which the first said that it cannot reach the second when it last renewed its
     /// lease.
     #[must_use]

@@ -4,6 +4,7 @@ use crate::admin;
 use crate::control::{NodeReply, NodeRequest, STATUS_ERROR, STATUS_OK, read_frame, write_frame};
 use crate::liveness::unreachable_of;
 use crate::node::Node;
+use crate::tasks::look_at_refusing;
 use crate::wire::{
     ControlType, HELLO_LEN, HELLO_TIMEOUT, Hello, Kind, MAX_ADMIN, PROTOCOL_VERSION, Verdict,
 };
@@ -151,7 +152,11 @@ async fn handle_node(node: &Arc<Node>, request: NodeRequest) -> Result<NodeReply
             Ok(NodeReply::Unreachable(unreachable_of(&node.client, targets).await))
         }
         NodeRequest::Refused { node: id } => {
-            node.leader.probe(node, id).await;
+            look_at_refusing(node, id).await;
+            Ok(NodeReply::Done)
+        }
+        NodeRequest::Left { node: id, incarnation } => {
+            node.leader.left(node, id, incarnation).await;
             Ok(NodeReply::Done)
         }
         NodeRequest::Stats => {

@@ -48,6 +48,8 @@ pub struct Config {
     pub zone: Option<String>,
     /// Directories of disks and their weights; by default `disk` in the node's directory.
     pub disks: Vec<(PathBuf, Option<u64>)>,
+    /// It has no disks: a gateway and a voter of the cluster log.
+    pub no_disk: bool,
     /// Allow addresses outside loopback although nothing is encrypted yet.
     pub insecure: bool,
     /// How disks are read and written.
@@ -211,6 +213,15 @@ async fn revisit(
     if !identity.join.is_empty() && !config.join.is_empty() {
         identity.join = config.join.iter().map(ToString::to_string).collect();
     }
+    if config.no_disk && !identity.disks.is_empty() {
+        let disks = identity.disks.iter().map(|d| d.path.display().to_string());
+        let disks = disks.collect::<Vec<_>>().join(", ");
+        let text = format!(
+            "--no-disk: this node was created with {disks}; start it without --no-disk. Nothing \
+             was changed"
+        );
+        return Err(text.into());
+    }
     for (path, _) in &config.disks {
         let path = std::path::absolute(path)?;
         if !identity.disks.iter().any(|d| d.path == path) {
@@ -244,7 +255,11 @@ async fn introduce(
         ask_for_cluster(&config.join).await?
     };
     let default = dir.path().join("disk");
-    let wanted = if config.disks.is_empty() { vec![(default, None)] } else { config.disks.clone() };
+    let wanted = match &config.disks[..] {
+        [] if config.no_disk => Vec::new(),
+        [] => vec![(default, None)],
+        given => given.to_vec(),
+    };
     let mut disks = Vec::new();
     for (path, weight) in wanted {
         let path = std::path::absolute(path)?;
@@ -513,7 +528,12 @@ impl Node {
             let address = status.addresses.get(&leader).ok_or("the leader has no address")?;
             let ask = self.client.ask(address, &request);
             let reply = tokio::time::timeout(crate::cluster::LEASE / 3, ask).await;
-            reply.map_err(|_| "the leader does not answer")?.map_err(|e| e.to_string())?
+            reply.map_err(|_| "the leader does not answer")?.map_err(|error| {
+                if error.is_refused() {
+                    self.peers.note_refused(NodeId(leader));
+                }
+                error.to_string()
+            })?
         };
         if reply == NodeReply::Granted {
             self.cluster.lease.renew(asked_at);

@@ -119,6 +119,11 @@ impl Peers {
         lock(&self.links).values().filter(|link| link.is_awaiting()).map(Arc::clone).collect()
     }
 
+    /// A control connection to `node` was refused.
+    pub fn note_refused(&self, node: NodeId) {
+        (self.on_refused)(node);
+    }
+
     /// Closes all connections for good.
     pub fn stop(&self) {
         for link in lock(&self.links).values() {

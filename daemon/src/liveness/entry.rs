@@ -1,6 +1,6 @@
 //! How a node enters the cluster, and why it does not yet.
 
-use crate::cluster::lock;
+use crate::cluster::{LEASE, lock};
 use crate::control::{MAX_COMPLAINTS, NodeReply, NodeRequest};
 use crate::liveness::unreachable_of;
 use crate::node::{Node, random_id};
@@ -39,6 +39,21 @@ impl Node {
         tokio::select! {
             () = self.keep_entering() => {}
             _ = stopping.wait_for(|stop| *stop) => {}
+        }
+    }
+
+    /// Stops serving and tells the leader so, which goes on without this node at once.
+    pub async fn leave(&self) {
+        let (node, incarnation) = (self.cluster.node, self.cluster.incarnation());
+        if let Ok(next) = random_id() {
+            self.cluster.set_incarnation(next);
+        }
+        let status = self.log.status();
+        let leader = status.leader.filter(|leader| *leader != node.0);
+        if let Some(address) = leader.and_then(|leader| status.addresses.get(&leader)) {
+            let left = NodeRequest::Left { node, incarnation };
+            let tell = self.client.ask(address, &left);
+            let _ = timeout(LEASE, tell).await; // the end of the lease covers a lost message
         }
     }
 

@@ -24,7 +24,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 /// How long a node is given to say hello before it counts as not reachable.
-pub const PROBE: Duration = Duration::from_millis(600);
+pub const PROBE: Duration = Duration::from_millis(500);
 /// When a second connection is tried beside the first: a lost packet is no cut link.
 const SECOND_TRY: Duration = Duration::from_millis(200);
 /// How long a connection with unanswered calls may be silent before its node is probed.
