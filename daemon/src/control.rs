@@ -52,6 +52,16 @@ pub enum NodeRequest {
         /// Up nodes that it cannot reach, at most [`MAX_COMPLAINTS`].
         unreachable: Vec<NodeId>,
     },
+    /// A node's port refuses connections: its process is gone. For the leader of the log, or about
+    /// the leader.
+    Refused {
+        /// Which.
+        node: NodeId,
+    },
+    /// Space on the disks, and used by volumes.
+    Stats,
+    /// How well are the disks?
+    Disks,
     /// An incarnation of a node does not serve any more, and will not again.
     Left {
         /// The node.
@@ -71,16 +81,6 @@ pub enum NodeRequest {
         /// Which and where, at most [`MAX_COMPLAINTS`].
         targets: Vec<(NodeId, String)>,
     },
-    /// A node's port refuses connections: its process is gone. For the leader of the log, or about
-    /// the leader.
-    Refused {
-        /// Which.
-        node: NodeId,
-    },
-    /// Space on the disks, and used by volumes.
-    Stats,
-    /// How well are the disks?
-    Disks,
 }
 
 /// The answer of one node to another.
@@ -101,6 +101,12 @@ pub enum NodeReply {
     Granted,
     /// The log says that this incarnation is not up: it has to enter again.
     EnterAgain,
+    /// Somebody else leads the log, or nobody that a quorum agrees with.
+    NotLeader,
+    /// Answers [`NodeRequest::Stats`].
+    Stats(NodeStats),
+    /// Answers [`NodeRequest::Disks`].
+    Disks(Vec<DiskHealth>),
     /// No lease for this incarnation any more, for this reason: it stops serving and enters again.
     Yield(String),
     /// Answers [`NodeRequest::Enter`]: it is agreed.
@@ -116,12 +122,6 @@ pub enum NodeReply {
     NotFounded,
     /// Answers [`NodeRequest::Probe`]: the nodes that cannot be reached.
     Unreachable(Vec<NodeId>),
-    /// Somebody else leads the log, or nobody that a quorum agrees with.
-    NotLeader,
-    /// Answers [`NodeRequest::Stats`].
-    Stats(NodeStats),
-    /// Answers [`NodeRequest::Disks`].
-    Disks(Vec<DiskHealth>),
 }
 
 /// What a node tells of its disks.

@@ -54,8 +54,12 @@ fn split(what: &str, net: &Net, cluster: &Cluster, minority: [usize; 2]) {
     reader.patience(TEMPTATION);
     assert!(matches!(reader.read(0, BLOCK as u32), Err(NbdError::Lost(_))), "the minority reads");
     for node in minority {
+        // What it proposed to a leader beyond the cut may arrive there later; it says so then.
         let refused = cluster.dog_refused(node, &["volume", "create", "forbidden", "1M"]);
-        assert!(refused.message.contains("majority"), "{}", refused.message);
+        let is_told = |what: &str| refused.message.contains(what);
+        assert!(is_told("majority") || is_told("may or may not"), "{}", refused.message);
+        let list = cluster.dog(node, &["volume", "list"]).to_string();
+        assert!(list.contains("minor") && !list.contains("forbidden"), "{list}");
         assert_eq!(cluster.epoch(node), epoch, "a minority makes no epoch");
     }
     assert_eq!(minor.rounds(), answered, "the minority writes");
@@ -69,8 +73,6 @@ fn split(what: &str, net: &Net, cluster: &Cluster, minority: [usize; 2]) {
     println!("{what} in the minority: longest stall of the majority at the healing {longest:?}");
     assert!(minor.verify() > 50);
     assert!(major.verify() > 50);
-    let list = cluster.dog(0, &["volume", "list"]);
-    assert!(!list.to_string().contains("forbidden"), "{list}");
 }
 
 #[test]
