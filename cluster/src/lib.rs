@@ -10,6 +10,7 @@
 pub mod command;
 pub mod gateway;
 pub mod history;
+pub mod liveness;
 pub mod message;
 pub mod recovery;
 pub mod replica;

@@ -192,7 +192,9 @@ fn node_reasons(node: &Node, view: &View, disks: &[DiskHealth]) -> Vec<String> {
         ));
     }
     if !node.cluster.has_entered(view) {
-        reasons.push("this node has not entered the cluster yet".into());
+        let obstacle = node.obstacle();
+        let colon = if obstacle.is_empty() { "" } else { ": " };
+        reasons.push(format!("this node has not entered the cluster yet{colon}{obstacle}"));
     } else if !node.cluster.lease.is_held() {
         reasons.push("this node has no lease: the log's leader does not hear of it".into());
     }

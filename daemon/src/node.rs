@@ -11,7 +11,7 @@ use crate::replica::{Disk, Replica};
 use crate::scrub::Scrubber;
 use crate::serve::Served;
 use sheepdog_cluster::command::{
-    Answer, Command, DiskInfo, NodeInfo, Refusal, decode_answer, encode_command,
+    Answer, Command, DiskInfo, NodeInfo, decode_answer, encode_command,
 };
 use sheepdog_log::{ClusterLog, Options as LogOptions, ProposeError, RaftLog};
 pub use sheepdog_store::{Cache, IoBackend};
@@ -19,7 +19,7 @@ use sheepdog_store::{Options as StoreOptions, Store, StoreIds};
 use sheepdog_types::{ClusterId, DiskId, NodeId};
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
@@ -48,6 +48,8 @@ pub struct Config {
     pub zone: Option<String>,
     /// Directories of disks and their weights; by default `disk` in the node's directory.
     pub disks: Vec<(PathBuf, Option<u64>)>,
+    /// It has no disks: a gateway and a voter of the cluster log.
+    pub no_disk: bool,
     /// Allow addresses outside loopback although nothing is encrypted yet.
     pub insecure: bool,
     /// How disks are read and written.
@@ -89,6 +91,8 @@ pub struct Node {
     pub leader: Leader,
     /// Scrubs of its disks.
     pub scrubbers: Vec<Scrubber>,
+    /// Why it has not entered yet.
+    pub(crate) obstacle: Mutex<String>,
     /// Set when it stops.
     pub stopping: watch::Sender<bool>,
 }
@@ -170,6 +174,7 @@ pub async fn start(config: Config) -> Result<Arc<Node>, StartError> {
         exports,
         leader,
         scrubbers,
+        obstacle: Mutex::default(),
         stopping,
     });
     tokio::spawn(listener::run(Arc::clone(&node), listener));
@@ -208,6 +213,15 @@ async fn revisit(
     if !identity.join.is_empty() && !config.join.is_empty() {
         identity.join = config.join.iter().map(ToString::to_string).collect();
     }
+    if config.no_disk && !identity.disks.is_empty() {
+        let disks = identity.disks.iter().map(|d| d.path.display().to_string());
+        let disks = disks.collect::<Vec<_>>().join(", ");
+        let text = format!(
+            "--no-disk: this node was created with {disks}; start it without --no-disk. Nothing \
+             was changed"
+        );
+        return Err(text.into());
+    }
     for (path, _) in &config.disks {
         let path = std::path::absolute(path)?;
         if !identity.disks.iter().any(|d| d.path == path) {
@@ -241,7 +255,11 @@ async fn introduce(
         ask_for_cluster(&config.join).await?
     };
     let default = dir.path().join("disk");
-    let wanted = if config.disks.is_empty() { vec![(default, None)] } else { config.disks.clone() };
+    let wanted = match &config.disks[..] {
+        [] if config.no_disk => Vec::new(),
+        [] => vec![(default, None)],
+        given => given.to_vec(),
+    };
     let mut disks = Vec::new();
     for (path, weight) in wanted {
         let path = std::path::absolute(path)?;
@@ -459,100 +477,6 @@ impl Node {
         self.replica.disks().any(|disk| view.is_up(disk.id) && disk.store.failure().is_some())
     }
 
-    /// Makes this node a member with a new incarnation, trying until it is or stops.
-    pub async fn enter(&self) {
-        let mut stopping = self.stopping.subscribe();
-        tokio::select! {
-            () = self.keep_entering() => {}
-            _ = stopping.wait_for(|stop| *stop) => {}
-        }
-    }
-
-    async fn keep_entering(&self) {
-        if let Ok(incarnation) = random_id() {
-            self.cluster.set_incarnation(incarnation);
-        }
-        let mut last_problem = String::new();
-        loop {
-            let problem = match self.try_enter().await {
-                Ok(()) => return,
-                Err(problem) => problem,
-            };
-            if problem != last_problem {
-                tracing::info!(problem, "cannot enter the cluster yet; trying on");
-                last_problem = problem;
-            }
-            tokio::time::sleep(RETRY).await;
-        }
-    }
-
-    async fn try_enter(&self) -> Result<(), String> {
-        if !self.log.status().is_member(self.cluster.node.0) {
-            self.join().await?;
-        }
-        let command = Command::Enter { node: self.info(), at: now() };
-        let answer = self.log.propose(encode_command(&command)).await;
-        match answer.map(|bytes| decode_answer(&bytes)) {
-            Ok(Ok(_)) => {}
-            Ok(Err(Refusal::NotFounded)) => return self.found().await,
-            Ok(Err(refusal)) => return Err(format!("refused: {refusal}")),
-            Err(error) => return Err(error.to_string()),
-        }
-        let id = self.cluster.node;
-        let incarnation = self.cluster.incarnation();
-        let entered = self
-            .wait_for(Duration::from_secs(10), |state| {
-                state.nodes.get(&id).is_some_and(|n| n.incarnation == incarnation)
-            })
-            .await;
-        if !entered {
-            return Err("the entry is agreed, but this node does not hear of it".into());
-        }
-        let status = self.log.status();
-        if status.addresses.get(&id.0).is_some_and(|a| *a != self.identity.address) {
-            let update = self.log.update_address(id.0, self.identity.address.clone()).await;
-            update.map_err(|e| e.to_string())?;
-        }
-        tracing::info!(epoch = %self.cluster.view().epoch, "entered the cluster");
-        Ok(())
-    }
-
-    /// Begins the log of a new cluster; the entry is tried again afterwards.
-    async fn found(&self) -> Result<(), String> {
-        let cluster = self.identity.cluster.parse().map_err(|_| "the cluster id is damaged")?;
-        let answer = self.log.propose(encode_command(&Command::Found { cluster })).await;
-        answer.map_err(|e| e.to_string())?;
-        Err("the cluster is founded, entering it".into())
-    }
-
-    /// Asks a member to take this node into the log.
-    async fn join(&self) -> Result<(), String> {
-        let mut problems = Vec::new();
-        for target in &self.identity.join {
-            let (node, address) = (self.cluster.node, self.identity.address.clone());
-            match self.client.ask(target, &NodeRequest::Join { node, address }).await {
-                Ok(NodeReply::Done) => {
-                    let id = node.0;
-                    let mut status = self.log.watch();
-                    let joined = status.wait_for(|s| s.is_member(id));
-                    let joined = tokio::time::timeout(Duration::from_secs(10), joined).await;
-                    if !matches!(joined, Ok(Ok(_))) {
-                        return Err("joined, but the log's leader does not reach this node".into());
-                    }
-                    let mut identity = self.identity.clone();
-                    identity.join.clear();
-                    return self.dir.save_identity(&identity).map_err(|e| e.to_string());
-                }
-                Ok(_) => problems.push(format!("{target}: an answer that makes no sense")),
-                Err(error) => problems.push(format!("{target}: {error}")),
-            }
-        }
-        if problems.is_empty() {
-            return Err("waiting for the leader of the cluster log".into());
-        }
-        Err(format!("cannot join: {}", problems.join("; ")))
-    }
-
     /// Stops cleanly: finishes what is in progress, gives attachments back, tells the cluster.
     pub async fn stop(self: &Arc<Self>) {
         tracing::info!("stopping");
@@ -593,17 +517,23 @@ impl Node {
     /// Renews this node's own lease, asking the leader of the log.
     pub async fn renew_lease(&self) -> Result<NodeReply, String> {
         let asked_at = boot_time();
-        let request =
-            NodeRequest::Renew { node: self.cluster.node, incarnation: self.cluster.incarnation() };
+        let (id, incarnation) = (self.cluster.node, self.cluster.incarnation());
+        let unreachable = self.peers.reach.lost();
         let status = self.log.status();
         let reply = if status.is_leader {
-            self.leader.renew(self, self.cluster.node, self.cluster.incarnation())
+            self.leader.renew(self, id, incarnation, unreachable)
         } else {
+            let request = NodeRequest::Renew { node: id, incarnation, unreachable };
             let leader = status.leader.ok_or("no leader is known")?;
             let address = status.addresses.get(&leader).ok_or("the leader has no address")?;
             let ask = self.client.ask(address, &request);
             let reply = tokio::time::timeout(crate::cluster::LEASE / 3, ask).await;
-            reply.map_err(|_| "the leader does not answer")?.map_err(|e| e.to_string())?
+            reply.map_err(|_| "the leader does not answer")?.map_err(|error| {
+                if error.is_refused() {
+                    self.peers.note_refused(NodeId(leader));
+                }
+                error.to_string()
+            })?
         };
         if reply == NodeReply::Granted {
             self.cluster.lease.renew(asked_at);

@@ -11,7 +11,9 @@ mod cluster;
 mod guest;
 mod lab;
 mod nbd;
+mod netns;
 mod process;
+mod pulse;
 mod scribe;
 mod tools;
 
@@ -19,7 +21,9 @@ pub use cluster::{Cluster, Export, Failure, check_message, free_ports, sheep_ref
 pub use guest::{Disk, Guest, GuestResult};
 pub use lab::Lab;
 pub use nbd::{Client, Command, NbdError};
+pub use netns::Net;
 pub use process::{Finished, Process, run};
+pub use pulse::Pulse;
 pub use scribe::Scribe;
 pub use tools::{Fio, FioResult, StorageDaemon, qemu_img, qemu_io, try_qemu_io};
 
