@@ -7,6 +7,7 @@ use crate::exports::ExportTable;
 use crate::leader::Leader;
 use crate::listener;
 use crate::peers::Peers;
+use crate::recovery::Recoveries;
 use crate::replica::{Disk, Replica};
 use crate::scrub::Scrubber;
 use crate::serve::Served;
@@ -89,6 +90,8 @@ pub struct Node {
     pub exports: Arc<ExportTable>,
     /// What it does while it leads the log.
     pub leader: Leader,
+    /// Recoveries of its disks.
+    pub recoveries: Recoveries,
     /// Scrubs of its disks.
     pub scrubbers: Vec<Scrubber>,
     /// Why it has not entered yet.
@@ -161,6 +164,7 @@ pub async fn start(config: Config) -> Result<Arc<Node>, StartError> {
     let (stopping, _) = watch::channel(false);
     let client = Arc::new(ControlClient::new(cluster_id, id));
     let leader = Leader::default();
+    let recoveries = Recoveries::new(Arc::clone(&cluster.clients));
     let scrubbers = replica.disks().map(|disk| Scrubber::new(Arc::clone(disk))).collect();
     let node = Arc::new(Node {
         dir,
@@ -173,6 +177,7 @@ pub async fn start(config: Config) -> Result<Arc<Node>, StartError> {
         client,
         exports,
         leader,
+        recoveries,
         scrubbers,
         obstacle: Mutex::default(),
         stopping,
@@ -468,6 +473,13 @@ impl Node {
             zone: self.identity.zone.clone(),
             disks: disks.collect(),
         }
+    }
+
+    /// The weight with which a disk was announced.
+    #[must_use]
+    pub fn weight_of(&self, disk: DiskId) -> Option<u64> {
+        let id = disk.to_string();
+        self.identity.disks.iter().find(|d| d.id == id).map(|d| d.weight)
     }
 
     /// Whether a disk is out of service that the cluster still counts on.

@@ -162,6 +162,7 @@ impl Replica {
             Request::Fetch { .. }
             | Request::Sums { .. }
             | Request::FetchBlocks { .. }
+            | Request::Digests { .. }
             | Request::List { .. } => self.hand_over(&self.serving, call, 0, later()),
         }
     }
@@ -192,6 +193,9 @@ impl Replica {
                     Ok(_) => Reply::Done.into(),
                     Err(failure) => failure.into(),
                 }
+            }
+            Request::Digests { policy, slots } => {
+                give::digests(disk, &self.cluster.view(), *policy, slots)
             }
             Request::List { holder, from, to, after } => {
                 let view = self.cluster.view();

@@ -4,7 +4,7 @@ use crate::cluster::LEASE;
 use crate::control::{NodeReply, NodeRequest};
 use crate::liveness::{self, survey};
 use crate::node::{Node, StartError};
-use crate::{admin, resync};
+use crate::{admin, recovery};
 use sheepdog_log::ClusterLog;
 use sheepdog_types::{NodeId, VolumeId};
 use std::collections::BTreeSet;
@@ -33,13 +33,13 @@ pub fn spawn_all(node: &Arc<Node>, refusals: mpsc::Receiver<NodeId>) -> Result<(
     until_stop(node, tick);
     until_stop(node, follow_views);
     until_stop(node, resume_exports);
-    until_stop(node, resync::run);
+    until_stop(node, recovery::run);
     until_stop(node, |node| report_refusals(node, refusals));
     Ok(())
 }
 
 /// Runs a task until the node stops.
-fn until_stop<F>(node: &Arc<Node>, task: impl FnOnce(Arc<Node>) -> F)
+pub fn until_stop<F>(node: &Arc<Node>, task: impl FnOnce(Arc<Node>) -> F)
 where
     F: Future<Output = ()> + Send + 'static,
 {

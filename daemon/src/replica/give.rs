@@ -2,6 +2,7 @@
 
 use super::{Answer, Disk, read_failure};
 use sheepdog_cluster::message::{Failure, MAX_LISTING, Reject, Reply, Request, Run, Span};
+use sheepdog_cluster::recovery::{Policy, slot_digest};
 use sheepdog_cluster::view::View;
 use sheepdog_store::{BlockRange, BlockRun, BlockState, ReadError};
 use sheepdog_types::{DiskId, LayerKey, SlotId, Version};
@@ -61,6 +62,16 @@ fn blocks(disk: &Disk, key: LayerKey, version: Version, spans: &[Span]) -> Answe
         Err(ReadError::Invalid(_)) => Reject::Malformed.into(),
         Err(error) => read_failure(disk.id, key, &error).into(),
     }
+}
+
+/// The digests of some slots of `disk`.
+pub(super) fn digests(disk: &Disk, view: &View, policy: Policy, slots: &[SlotId]) -> Answer {
+    let digest = |slot: &SlotId| {
+        let stats = disk.store.list(*slot);
+        let layers: Vec<(LayerKey, Version)> = stats.iter().map(|s| (s.key, s.version)).collect();
+        slot_digest(view, policy, &layers)
+    };
+    Reply::Digests { digests: slots.iter().map(digest).collect() }.into()
 }
 
 /// The layers of `disk` in a window of slots that `holder` has to have too.
