@@ -145,11 +145,9 @@ impl World {
     fn repair(&mut self, disk: usize) {
         note!(self, "disk {} works again", disk + 101);
         let node = self.disks[disk].node;
-        self.disks[disk].failed = false;
-        if !self.disks[disk].used {
-            self.disks[disk].used = true;
-            self.enter_again(node);
-        }
+        // Its store is opened again: that is another life, even if nobody noticed the failure.
+        (self.disks[disk].failed, self.disks[disk].used) = (false, true);
+        self.enter_again(node);
     }
 
     fn fail_disks(&mut self) {

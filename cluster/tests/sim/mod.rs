@@ -19,8 +19,6 @@ pub mod scenario;
 mod serve;
 mod store;
 mod sync;
-mod topology;
-mod world;
+pub mod topology;
+pub mod world;
 
-pub use topology::FaultPlan;
-pub use world::{Failure, Mutant, Options, Stats, World, run};

@@ -474,7 +474,9 @@ impl World {
 
     /// Every node serves, and every disk is complete.
     pub fn all_well(&self) -> bool {
-        self.complete() && (0..self.nodes.len()).all(|at| self.serves(at))
+        self.complete()
+            && self.disks.iter().all(|d| !d.failed)
+            && (0..self.nodes.len()).all(|at| self.serves(at))
     }
 
     fn step(&mut self) -> Result<(), String> {
