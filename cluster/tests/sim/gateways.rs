@@ -225,8 +225,10 @@ impl World {
                     checker.abandon(tag, now);
                     None
                 }
-                // A flush after acknowledged writes were lost.
-                Err(BlockError::Io) if self.doubled_at.is_some() && checker.is_flush(tag) => {
+                // A flush after acknowledged writes were lost, or the only copy that is up fails.
+                Err(BlockError::Io)
+                    if self.doubled_at.is_some_and(|at| checker.is_flush(tag) || at >= began) =>
+                {
                     checker.abandon(tag, now);
                     None
                 }

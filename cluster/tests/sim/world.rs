@@ -486,6 +486,9 @@ impl World {
             self.tainted = false;
             self.doubled = false;
         }
+        if self.doubled {
+            self.doubled_at = Some(self.now);
+        }
         self.run_log();
         self.deliver_messages();
         self.run_jobs();
