@@ -3,6 +3,7 @@
 //! Encoded with postcard behind one version byte, so that a node of another release refuses an
 //! entry that it does not understand instead of misreading it.
 
+use crate::settings::Setting;
 use serde::{Deserialize, Serialize};
 use sheepdog_types::{
     ClusterId, DiskId, Epoch, MAX_VOLUME_SIZE, NodeId, VolumeId, WriterGen, format_size,
@@ -10,7 +11,7 @@ use sheepdog_types::{
 use thiserror::Error;
 
 /// Version of the command and state encoding.
-pub const LOG_VERSION: u8 = 2;
+pub const LOG_VERSION: u8 = 3;
 
 /// Most copies of an object.
 pub const MAX_COPIES: usize = 8;
@@ -20,6 +21,14 @@ pub const MAX_NAME: usize = 128;
 pub const MAX_VOLUMES: usize = 100_000;
 /// Most nodes of a cluster (I10).
 pub const MAX_NODES: usize = 4096;
+/// Most disks of a cluster (I10).
+pub const MAX_DISKS: usize = 16 * 4096;
+/// Most removed nodes, and most removed disks, that are remembered so that none comes back (I10).
+pub const MAX_REMOVED: usize = 100_000;
+/// Longest zone name, in bytes.
+pub const MAX_ZONE: usize = 128;
+/// Highest weight of a disk: 16 EiB in GiB.
+pub const MAX_WEIGHT: u64 = 1 << 34;
 
 /// A disk as its node announces it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,6 +117,96 @@ pub enum Command {
         basis: Epoch,
         /// Wall clock of the proposer, seconds since 1970.
         at: u64,
+    },
+    /// A disk of an up node comes into service while its node runs. Makes a new epoch.
+    DiskUp {
+        /// The node.
+        node: NodeId,
+        /// Incarnation of the node; refused when it is not the current one.
+        incarnation: u64,
+        /// The disk, new or known.
+        disk: DiskInfo,
+        /// Wall clock of the proposer, seconds since 1970.
+        at: u64,
+    },
+    /// A disk failed although its node is up. Makes a new epoch.
+    DiskDown {
+        /// The disk.
+        disk: DiskId,
+        /// Incarnation of its node; ignored when it has entered again since.
+        incarnation: u64,
+        /// For people.
+        reason: String,
+        /// Wall clock of the proposer, seconds since 1970.
+        at: u64,
+    },
+    /// Disks were down for so long that others have to take their place. Makes a new epoch.
+    Out {
+        /// The disks; those that are up, or out already, are left alone.
+        disks: Vec<DiskId>,
+        /// Wall clock of the proposer, seconds since 1970.
+        at: u64,
+    },
+    /// Moves all data away from a node that stays up, or lets it come back.
+    Drain {
+        /// The node.
+        node: NodeId,
+        /// Away, or back.
+        on: bool,
+        /// Even if too few nodes stay for the copies that volumes want.
+        force: bool,
+        /// Wall clock of the proposer, seconds since 1970.
+        at: u64,
+    },
+    /// Ends the membership of a node for good.
+    RemoveNode {
+        /// The node.
+        node: NodeId,
+        /// Even if it is up and has data or volumes.
+        force: bool,
+        /// Wall clock of the proposer, seconds since 1970.
+        at: u64,
+    },
+    /// Moves a node to another failure zone.
+    SetZone {
+        /// The node.
+        node: NodeId,
+        /// The zone.
+        zone: String,
+        /// Wall clock of the proposer, seconds since 1970.
+        at: u64,
+    },
+    /// Changes a disk's share of the ring; 0 moves everything away.
+    SetWeight {
+        /// The disk.
+        disk: DiskId,
+        /// The new share.
+        weight: u64,
+        /// Even if too few nodes stay for the copies that volumes want.
+        force: bool,
+        /// Wall clock of the proposer, seconds since 1970.
+        at: u64,
+    },
+    /// Ends the membership of a disk for good, as soon as its data are elsewhere.
+    RetireDisk {
+        /// The disk.
+        disk: DiskId,
+        /// Even if too few nodes stay for the copies that volumes want.
+        force: bool,
+        /// Wall clock of the proposer, seconds since 1970.
+        at: u64,
+    },
+    /// Disks are gone for good: nobody waits for what only they had.
+    GiveUp {
+        /// The disks, none of which may be up.
+        disks: Vec<DiskId>,
+        /// Wall clock of the proposer, seconds since 1970.
+        at: u64,
+    },
+    /// Changes a setting of the cluster.
+    Set {
+        /// Which, to what.
+        setting: Setting,
     },
     /// Creates a volume.
     CreateVolume {
@@ -204,6 +303,61 @@ pub enum Refusal {
         /// The bound.
         limit: usize,
     },
+    /// The node was removed from the cluster.
+    #[error(
+        "node {0} was removed from this cluster and cannot come back; to use the host again, empty its \
+         directory and disks, and join it as a new node"
+    )]
+    Removed(NodeId),
+    /// There is no such disk.
+    #[error("there is no disk {0}")]
+    NoSuchDisk(DiskId),
+    /// The disk was removed from the cluster.
+    #[error("disk {0} was removed from this cluster; empty its directory to use it again")]
+    DiskRemoved(DiskId),
+    /// The disk is up.
+    #[error("disk {0} is up; only what is down can be given up")]
+    DiskIsUp(DiskId),
+    /// Most disks would be out of the ring: that is no time to move data.
+    #[error("{left} of {total} disks would be left; more than half have to stay")]
+    TooManyOut {
+        /// Disks that would stay.
+        left: usize,
+        /// Disks there are.
+        total: usize,
+    },
+    /// Too few nodes would be left for the copies that volumes want.
+    #[error(
+        "{left} nodes with disks would be left for volumes with {copies} copies; add nodes first, or force it"
+    )]
+    TooFewLeft {
+        /// Nodes that would stay.
+        left: usize,
+        /// The most copies of a volume.
+        copies: usize,
+    },
+    /// The node still has data.
+    #[error("node {0} is up and its disks hold data; drain it first, or force it")]
+    NotDrained(NodeId),
+    /// The node still serves a volume.
+    #[error(
+        "node {node} is up and serves volume '{volume}'; remove its exports first, or force it"
+    )]
+    Serves {
+        /// The node.
+        node: NodeId,
+        /// One of its volumes.
+        volume: String,
+    },
+    /// The zone name breaks the rules.
+    #[error("'{0}' is not a zone name: use 1 to 128 characters, none of them a control character")]
+    BadZone(String),
+    /// The weight breaks the rules.
+    #[error("{0} is not a weight: use 0 to {MAX_WEIGHT} (GiB of capacity, as a rule)")]
+    BadWeight(u64),
+    /// The value of a setting breaks the rules.
+    #[error("{0}")]
+    BadSetting(String),
     /// The name breaks the rules.
     #[error(
         "'{0}' is not a volume name: use 1 to 128 letters, digits, '.', '_' or '-', beginning with a letter or digit"
@@ -292,6 +446,17 @@ pub(crate) fn decode_versioned<T: for<'a> Deserialize<'a>>(bytes: &[u8]) -> Resu
         Some((version, _)) => Err(Refusal::Unknown(format!("version {version}"))),
         None => Err(Refusal::Unknown("empty".into())),
     }
+}
+
+/// Checks the name of a failure zone.
+///
+/// # Errors
+/// [`Refusal::BadZone`].
+pub fn check_zone(zone: &str) -> Result<(), Refusal> {
+    if zone.is_empty() || zone.len() > MAX_ZONE || zone.chars().any(char::is_control) {
+        return Err(Refusal::BadZone(zone.chars().take(MAX_ZONE + 1).collect()));
+    }
+    Ok(())
 }
 
 impl VolumeSpec {

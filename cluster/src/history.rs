@@ -7,7 +7,7 @@ use sheepdog_types::{DiskId, Epoch};
 pub const MAX_HISTORY: usize = 1024;
 
 /// How a committed membership differs from the one before it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EpochRecord {
     /// Its number.
     pub epoch: Epoch,
@@ -15,6 +15,10 @@ pub struct EpochRecord {
     pub came_up: Vec<DiskId>,
     /// Disks that were up in the epoch before.
     pub went_down: Vec<DiskId>,
+    /// Disks that were not out in the epoch before.
+    pub went_out: Vec<DiskId>,
+    /// Disks that were out in the epoch before.
+    pub came_in: Vec<DiskId>,
     /// What happened, for people.
     pub cause: String,
     /// Wall clock of the proposer, seconds since 1970, for people.
@@ -28,6 +32,8 @@ pub struct Standing {
     pub disk: DiskId,
     /// It is up now.
     pub up: bool,
+    /// It is out now: others take its place.
+    pub out: bool,
     /// First epoch whose writes it may lack; `None` when it lacks none.
     pub missed_since: Option<Epoch>,
 }
@@ -40,10 +46,18 @@ impl Standing {
     }
 }
 
+/// How many disks of a slot's home have to be up for I/O, given how many are not out: `min_copies`
+/// of them, as far as there are so many. Those that took the place of a disk that is out make up
+/// for the rest.
+#[must_use]
+pub fn needed_at_home(min_copies: usize, in_place: usize) -> usize {
+    min_copies.min(in_place).max(1)
+}
+
 /// The last epoch in which a slot may have taken writes.
 ///
-/// A slot takes writes only while at least `min_copies` of its disks are up and one of them holds
-/// everything older. Walks back from the present; `None` when there was no such epoch in a history
+/// A slot takes writes only while enough of its disks are up ([`needed_at_home`]) and one of them
+/// holds everything older. Walks back from the present; `None` when there was no such epoch in a history
 /// that reaches back to the first one, so that no data can exist.
 ///
 /// # Errors
@@ -53,19 +67,17 @@ pub fn last_active(
     slot: &[Standing],
     min_copies: usize,
 ) -> Result<Option<Epoch>, Forgotten> {
-    let mut up: Vec<bool> = slot.iter().map(|s| s.up).collect();
+    let mut now: Vec<Standing> = slot.to_vec();
     for record in records.iter().rev() {
-        let count = up.iter().filter(|&&u| u).count();
-        let covered = slot.iter().zip(&up).any(|(s, &u)| u && s.covers(record.epoch));
-        if count >= min_copies && covered {
+        let up = now.iter().filter(|s| s.up).count();
+        let needed = needed_at_home(min_copies, now.iter().filter(|s| !s.out).count());
+        if up >= needed && now.iter().any(|s| s.up && s.covers(record.epoch)) {
             return Ok(Some(record.epoch));
         }
-        for (standing, up) in slot.iter().zip(&mut up) {
-            if record.came_up.contains(&standing.disk) {
-                *up = false;
-            } else if record.went_down.contains(&standing.disk) {
-                *up = true;
-            }
+        for standing in &mut now {
+            let is = |list: &[DiskId]| list.contains(&standing.disk);
+            standing.up = (standing.up && !is(&record.came_up)) || is(&record.went_down);
+            standing.out = (standing.out && !is(&record.went_out)) || is(&record.came_in);
         }
     }
     match records.first() {
@@ -91,13 +103,12 @@ mod tests {
             epoch: Epoch(epoch),
             came_up: came_up.to_vec(),
             went_down: went_down.to_vec(),
-            cause: String::new(),
-            at: 0,
+            ..EpochRecord::default()
         }
     }
 
     fn standing(disk: DiskId, up: bool, missed: Option<u64>) -> Standing {
-        Standing { disk, up, missed_since: missed.map(Epoch) }
+        Standing { disk, up, out: false, missed_since: missed.map(Epoch) }
     }
 
     #[test]
@@ -130,6 +141,34 @@ mod tests {
         assert_eq!(last_active(&history, &slot, 1), Ok(Some(Epoch(2))));
         assert!(!slot[0].covers(Epoch(2)), "A must wait for B");
         assert!(slot[1].covers(Epoch(2)));
+    }
+
+    #[test]
+    fn a_survivor_of_disks_that_are_out_takes_writes_with_those_in_their_place() {
+        // B and C went in 2 and were given up as home in 3, so A and newcomers took writes from then on.
+        let mut history =
+            [record(1, &[A, B, C], &[]), record(2, &[], &[B, C]), record(3, &[], &[])];
+        history[2].went_out = vec![B, C];
+        let gone = |disk| Standing { out: true, ..standing(disk, false, Some(2)) };
+        let slot = [standing(A, false, Some(4)), gone(B), gone(C)];
+        let died = |history: &[EpochRecord]| {
+            let mut all = history.to_vec();
+            all.push(record(4, &[], &[A]));
+            all
+        };
+        assert_eq!(last_active(&died(&history), &slot, 2), Ok(Some(Epoch(3))));
+        // They come back: still only A has what was written meanwhile.
+        let mut all = died(&history);
+        all.push(EpochRecord { came_in: vec![B, C], ..record(5, &[B, C], &[]) });
+        let slot =
+            [standing(A, false, Some(4)), standing(B, true, Some(2)), standing(C, true, Some(2))];
+        assert_eq!(last_active(&all, &slot, 2), Ok(Some(Epoch(3))));
+        assert!(slot[0].covers(Epoch(3)) && !slot[1].covers(Epoch(3)));
+        // Had they not been out, A alone would have taken none.
+        history[2].went_out.clear();
+        let mut all = died(&history);
+        all.push(record(5, &[B, C], &[]));
+        assert_eq!(last_active(&all, &slot, 2), Ok(Some(Epoch(1))));
     }
 
     #[test]

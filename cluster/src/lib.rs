@@ -14,6 +14,7 @@ pub mod message;
 pub mod replica;
 pub mod resync;
 pub mod ring;
+pub mod settings;
 pub mod slab;
 pub mod state;
 pub mod view;

@@ -97,7 +97,7 @@ fn check_slots(view: &View, disk: DiskId, window: (SlotId, SlotId)) -> Result<()
     for slot in (window.0.0..=window.1.0).map(SlotId) {
         for &(copies, min_copies) in &policies {
             if view.is_member(slot, copies, disk) {
-                view.slot(slot, copies, min_copies)?;
+                view.sources(slot, copies, min_copies)?;
             }
         }
     }
@@ -121,9 +121,8 @@ fn plan_layer(
     if !view.is_member(slot, copies, disk) {
         return Ok(delete);
     }
-    let slot = view.slot(slot, copies, usize::from(volume.spec.min_copies))?;
-    let newest = slot
-        .authorities
+    let sources = view.sources(slot, copies, usize::from(volume.spec.min_copies))?;
+    let newest = sources
         .iter()
         .map(|d| (version_on(d).unwrap_or(Version::NONE), d))
         .max_by_key(|(version, d)| (*version, *d == disk));

@@ -1,25 +1,32 @@
 //! The replicated state machine: what the cluster log agrees on.
 //!
 //! ```text
-//!   disk:   (new) ── Enter ──► up ◄── Enter ── down
-//!                              │                ▲
-//!                              └───── Down ─────┘
+//!   disk:   (new) ── Enter, DiskUp ──► up ◄── Enter, DiskUp ── down ── Out, GiveUp ──► down, out
+//!                                      │                         ▲                        │
+//!                                      └───── Down, DiskDown ────┘◄─────── Enter, DiskUp ─┘ (up)
 //!   sync:   complete ──Down──► missed since e ──Enter, Synced──► complete
 //!           complete ──Enter with a new incarnation──► restarted ──Synced──► complete
+//!   ring:   on it ◄── neither out nor draining, weight above 0 ──► off it, once the others have its data
 //! ```
 //!
 //! `missed_since` tells that a disk lacks writes of the epochs in which it was not up.
 //! `restarted` tells that it was up all along as far as the log knows, but that its daemon came
 //! back: writes that were acknowledged and not yet flushed may be lost on it, flushed ones not.
+//!
+//! Who comes and goes is in `state/membership.rs`, what that means for the rings in `state/placement.rs`.
+
+mod membership;
+mod placement;
 
 use crate::command::{
-    Answer, Command, DiskInfo, LOG_VERSION, MAX_NODES, MAX_VOLUMES, NodeInfo, Outcome, Refusal,
-    VolumeSpec, decode_versioned, encode_versioned,
+    Answer, Command, LOG_VERSION, MAX_VOLUMES, Outcome, Refusal, VolumeSpec, decode_versioned,
+    encode_versioned,
 };
-use crate::history::{EpochRecord, MAX_HISTORY};
+use crate::history::EpochRecord;
+use crate::settings::{Setting, Settings};
 use serde::{Deserialize, Serialize};
 use sheepdog_types::{ClusterId, DiskId, Epoch, Layer, NodeId, VolumeId, WriterGen};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// A member of the cluster.
@@ -29,12 +36,18 @@ pub struct Node {
     pub address: String,
     /// Failure zone.
     pub zone: String,
+    /// The zone that it announced when it last entered. An operator may have moved it since.
+    pub announced_zone: String,
     /// Serving, as far as the log knows.
     pub up: bool,
     /// Of its latest entry.
     pub incarnation: u64,
     /// Epoch of its latest entry.
     pub entered: Epoch,
+    /// Its disks are to hold nothing.
+    pub draining: bool,
+    /// It is no member any more; remembered while a ring names its disks.
+    pub removed: bool,
 }
 
 /// A disk of a member.
@@ -44,8 +57,18 @@ pub struct Disk {
     pub node: NodeId,
     /// Share of the ring.
     pub weight: u64,
-    /// Its node announced it at its latest entry.
+    /// The weight that its node announced last. An operator may have changed it since.
+    pub announced_weight: u64,
+    /// Its node has it in service.
     pub present: bool,
+    /// Epoch in which it last came into service.
+    pub entered: Epoch,
+    /// It was down for so long that others take its place.
+    pub out: bool,
+    /// It was given up: nobody waits for what only it had.
+    pub lost: bool,
+    /// It leaves the cluster once its data are elsewhere.
+    pub retiring: bool,
     /// First epoch whose writes it may lack.
     pub missed_since: Option<Epoch>,
     /// It may lack writes that were acknowledged but not flushed before its node came back.
@@ -127,6 +150,12 @@ pub struct ClusterState {
     pub last_volume: VolumeId,
     /// Past epochs, oldest first.
     pub history: Vec<EpochRecord>,
+    /// Settings of the cluster.
+    pub settings: Settings,
+    /// Nodes that were removed: none of them comes back.
+    pub removed_nodes: BTreeSet<NodeId>,
+    /// Disks that were removed: none of them comes back.
+    pub removed_disks: BTreeSet<DiskId>,
 }
 
 impl ClusterState {
@@ -150,6 +179,22 @@ impl ClusterState {
             Command::Synced { disk, incarnation, basis, at } => {
                 self.synced(disk, incarnation, basis, at)
             }
+            Command::DiskUp { node, incarnation, disk, at } => {
+                self.bring_disk_up(node, incarnation, &disk, at)
+            }
+            Command::DiskDown { disk, incarnation, reason, at } => {
+                self.take_disk_down(disk, incarnation, &reason, at)
+            }
+            Command::Out { disks, at } => self.take_out(&disks, at),
+            Command::Drain { node, on, force, at } => self.drain(node, on, force, at),
+            Command::RemoveNode { node, force, at } => self.remove_node(node, force, at),
+            Command::SetZone { node, zone, at } => self.set_zone(node, zone, at),
+            Command::SetWeight { disk, weight, force, at } => {
+                self.set_weight(disk, weight, force, at)
+            }
+            Command::RetireDisk { disk, force, at } => self.retire_disk(disk, force, at),
+            Command::GiveUp { disks, at } => self.give_up(&disks, at),
+            Command::Set { setting } => self.set(&setting),
             Command::CreateVolume { spec, at } => self.create_volume(spec, at),
             Command::DeleteVolume { name } => self.delete_volume(&name),
             Command::Attach { name, gateway, incarnation, at } => {
@@ -205,190 +250,11 @@ impl ClusterState {
         Ok(Outcome::Done)
     }
 
-    fn enter(&mut self, info: NodeInfo, at: u64) -> Answer {
-        self.check_entry(&info)?;
-        let known = self.nodes.get(&info.id);
-        if let Some(node) = known
-            && node.up
-            && node.incarnation == info.incarnation
-        {
-            return Ok(Outcome::Entered { epoch: node.entered }); // a repeated proposal
-        }
-        let verb = if known.is_some() { "came back" } else { "joined" };
-        let mut cause = format!("{} {verb}", info.address);
-        let epoch = self.epoch.next();
-        let were_up: Vec<DiskId> =
-            self.disks.keys().copied().filter(|d| self.disk_up(*d)).collect();
-        let came_up = info.disks.iter().map(|d| d.id).filter(|d| !were_up.contains(d)).collect();
-        let node = Node {
-            address: info.address,
-            zone: info.zone,
-            up: true,
-            incarnation: info.incarnation,
-            entered: epoch,
-        };
-        self.nodes.insert(info.id, node);
-        for disk in &info.disks {
-            self.enter_disk(info.id, disk, epoch);
-        }
-        let went_down = self.leave_out(info.id, &info.disks, &were_up, epoch);
-        for disk in &went_down {
-            cause += &format!(" without disk {disk}");
-        }
-        self.begin_epoch(EpochRecord { epoch, came_up, went_down, cause, at });
-        self.replan(at);
-        Ok(Outcome::Entered { epoch: self.epoch })
-    }
-
-    fn check_entry(&self, info: &NodeInfo) -> Result<(), Refusal> {
-        if !self.nodes.contains_key(&info.id) && self.nodes.len() >= MAX_NODES {
-            return Err(Refusal::Limit { what: "nodes".into(), limit: MAX_NODES });
-        }
-        let rival =
-            self.nodes.iter().find(|(id, n)| **id != info.id && n.up && n.address == info.address);
-        if let Some((&node, _)) = rival {
-            return Err(Refusal::AddressInUse { address: info.address.clone(), node });
-        }
-        for disk in &info.disks {
-            if let Some(known) = self.disks.get(&disk.id)
-                && known.node != info.id
-            {
-                return Err(Refusal::DiskElsewhere { disk: disk.id, node: known.node });
-            }
-        }
-        Ok(())
-    }
-
-    fn enter_disk(&mut self, node: NodeId, info: &DiskInfo, epoch: Epoch) {
-        let empty_cluster = self.volumes.is_empty();
-        let disk = self.disks.entry(info.id).or_insert(Disk {
-            node,
-            weight: info.weight,
-            present: true,
-            missed_since: Some(Epoch(0)),
-            restarted: false,
-            sync_from: None,
-        });
-        disk.weight = info.weight;
-        disk.present = true;
-        if empty_cluster {
-            (disk.missed_since, disk.restarted, disk.sync_from) = (None, false, None);
-        } else {
-            disk.restarted = true;
-            disk.sync_from = Some(epoch);
-        }
-    }
-
-    /// Disks of `node` that came back without: they are down although their node is up. Gives those
-    /// that were up before.
-    fn leave_out(
-        &mut self,
-        node: NodeId,
-        announced: &[DiskInfo],
-        were_up: &[DiskId],
-        epoch: Epoch,
-    ) -> Vec<DiskId> {
-        let mut went_down = Vec::new();
-        for (id, disk) in self.disks.iter_mut().filter(|(_, d)| d.node == node) {
-            if !announced.iter().any(|d| d.id == *id) {
-                disk.present = false;
-                disk.missed_since.get_or_insert(epoch);
-                disk.sync_from = None;
-                went_down.extend(were_up.contains(id).then_some(*id));
-            }
-        }
-        went_down
-    }
-
-    fn down(&mut self, id: NodeId, incarnation: u64, reason: &str, at: u64) -> Answer {
-        let Some(node) = self.nodes.get_mut(&id) else {
-            return Err(Refusal::NotMember(id));
-        };
-        if !node.up || node.incarnation != incarnation {
-            return Ok(Outcome::Done); // it happened already, or the node is back
-        }
-        node.up = false;
-        let cause = format!("{} is down: {reason}", node.address);
-        let epoch = self.epoch.next();
-        let mut went_down = Vec::new();
-        for (disk_id, disk) in self.disks.iter_mut().filter(|(_, d)| d.node == id) {
-            disk.missed_since.get_or_insert(epoch);
-            disk.sync_from = None;
-            went_down.extend(disk.present.then_some(*disk_id));
-        }
-        self.begin_epoch(EpochRecord { epoch, came_up: Vec::new(), went_down, cause, at });
-        Ok(Outcome::Done)
-    }
-
-    fn synced(&mut self, id: DiskId, incarnation: u64, basis: Epoch, at: u64) -> Answer {
-        let Some(disk) = self.disks.get_mut(&id) else {
-            return Ok(Outcome::Done);
-        };
-        let current = self.nodes.get(&disk.node);
-        let fresh = disk.present && current.is_some_and(|n| n.up && n.incarnation == incarnation);
-        if !fresh || disk.sync_from.is_some_and(|from| basis < from) {
-            return Ok(Outcome::Done); // it says nothing about what is needed by now
-        }
-        (disk.missed_since, disk.restarted, disk.sync_from) = (None, false, None);
+    fn set(&mut self, setting: &Setting) -> Answer {
+        setting.check()?;
+        self.settings.set(setting);
         self.revision += 1;
-        self.promote_if_synced(at);
         Ok(Outcome::Done)
-    }
-
-    /// Compares the ring with the disks there are, and starts a move when they differ.
-    fn replan(&mut self, at: u64) {
-        let wanted: RingMembers = self
-            .disks
-            .iter()
-            .filter_map(|(id, disk)| {
-                let zone = self.nodes.get(&disk.node)?.zone.clone();
-                Some((*id, RingMember { node: disk.node, zone, weight: disk.weight }))
-            })
-            .collect();
-        if self.volumes.is_empty() || wanted == self.ring {
-            self.place(wanted, None);
-        } else if self.next_ring.as_ref() != Some(&wanted) {
-            for id in wanted.keys() {
-                if self.disk_up(*id)
-                    && let Some(disk) = self.disks.get_mut(id)
-                {
-                    disk.sync_from = Some(self.epoch);
-                }
-            }
-            self.place(self.ring.clone(), Some(wanted));
-        }
-        self.promote_if_synced(at);
-    }
-
-    fn place(&mut self, ring: RingMembers, next: Option<RingMembers>) {
-        if self.ring != ring || self.next_ring != next {
-            (self.ring, self.next_ring) = (ring, next);
-            self.placement_since = self.epoch;
-        }
-    }
-
-    /// Makes the next ring the ring once every disk of it holds what it must hold. A disk that is
-    /// down holds the move up: it may be the only one to get some slot.
-    fn promote_if_synced(&mut self, at: u64) {
-        let Some(next) = &self.next_ring else { return };
-        let ready = |id| self.disk_up(id) && self.disks.get(&id).is_some_and(Disk::complete);
-        if next.keys().all(|id| ready(*id)) {
-            let ring = next.clone();
-            let epoch = self.epoch.next();
-            let cause = "data moved to the new placement".to_string();
-            let (came_up, went_down) = (Vec::new(), Vec::new());
-            self.begin_epoch(EpochRecord { epoch, came_up, went_down, cause, at });
-            self.place(ring, None);
-        }
-    }
-
-    fn begin_epoch(&mut self, record: EpochRecord) {
-        self.epoch = record.epoch;
-        self.revision += 1;
-        self.history.push(record);
-        if self.history.len() > MAX_HISTORY {
-            self.history.remove(0);
-        }
     }
 
     fn create_volume(&mut self, spec: VolumeSpec, at: u64) -> Answer {

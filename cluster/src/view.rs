@@ -1,8 +1,9 @@
 //! The cluster as the data path sees it: an immutable picture of one revision of the state.
 
 use crate::command::MAX_COPIES;
-use crate::history::{EpochRecord, Forgotten, Standing, last_active};
+use crate::history::{EpochRecord, Forgotten, Standing, last_active, needed_at_home};
 use crate::ring::{Member, Ring};
+use crate::settings::Settings;
 use crate::state::{ClusterState, RingMembers, Volume};
 use sheepdog_types::{DiskId, Epoch, NodeId, ObjectId, ObjectIndex, SLOTS, SlotId, VolumeId};
 use std::collections::BTreeMap;
@@ -77,8 +78,14 @@ pub struct DiskView {
     pub node: NodeId,
     /// The node is up and has this disk.
     pub up: bool,
-    /// Epoch of the node's latest entry.
+    /// Epoch in which it last came into service.
     pub entered: Epoch,
+    /// It was down for so long that others take its place.
+    pub out: bool,
+    /// It was given up: nobody waits for it.
+    pub lost: bool,
+    /// It, or its node, is to hold nothing.
+    pub draining: bool,
     /// First epoch whose writes it may lack.
     pub missed_since: Option<Epoch>,
     /// It may lack unflushed writes from before it came back.
@@ -96,12 +103,14 @@ pub struct NodeView {
     pub up: bool,
     /// Of its latest entry.
     pub incarnation: u64,
+    /// Its disks are to hold nothing.
+    pub draining: bool,
 }
 
 /// Why a slot cannot serve I/O now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Waiting {
-    /// Fewer disks of the slot are up than `min_copies`.
+    /// Fewer disks of the slot are up than `min_copies`, or than it takes to know who is newest.
     TooFew {
         /// How many are up.
         up: usize,
@@ -140,6 +149,8 @@ pub struct View {
     pub last_volume: VolumeId,
     /// All volumes.
     pub volumes: Arc<BTreeMap<VolumeId, Arc<Volume>>>,
+    /// Settings of the cluster.
+    pub settings: Settings,
     history: Vec<EpochRecord>,
     ring: PlacedRing,
     next: Option<PlacedRing>,
@@ -190,14 +201,18 @@ impl View {
     pub fn build(state: &ClusterState, previous: Option<&View>) -> Self {
         let nodes = state.nodes.iter().map(|(id, node)| {
             let (address, up) = (node.address.clone(), node.up);
-            (*id, NodeView { address, up, incarnation: node.incarnation })
+            let (incarnation, draining) = (node.incarnation, node.draining);
+            (*id, NodeView { address, up, incarnation, draining })
         });
         let disks = state.disks.iter().map(|(id, disk)| {
             let node = state.nodes.get(&disk.node);
             let view = DiskView {
                 node: disk.node,
                 up: disk.present && node.is_some_and(|n| n.up),
-                entered: node.map_or(Epoch(0), |n| n.entered),
+                entered: disk.entered,
+                out: disk.out,
+                lost: disk.lost,
+                draining: disk.retiring || node.is_some_and(|n| n.draining || n.removed),
                 missed_since: disk.missed_since,
                 restarted: disk.restarted,
                 sync_from: disk.sync_from,
@@ -212,6 +227,7 @@ impl View {
             nodes: nodes.collect(),
             last_volume: state.last_volume,
             volumes: Arc::clone(&state.volumes),
+            settings: state.settings.clone(),
             history: state.history.clone(),
             ring: PlacedRing::reuse_or_build(&state.ring, previous),
             next: state.next_ring.as_ref().map(|m| PlacedRing::reuse_or_build(m, previous)),
@@ -231,6 +247,25 @@ impl View {
         self.ring.place(slot, copies)
     }
 
+    /// The disks that will hold `slot`'s data once a move under way is over, up or not.
+    #[must_use]
+    pub fn next_home(&self, slot: SlotId, copies: usize) -> Disks {
+        self.next.as_ref().unwrap_or(&self.ring).place(slot, copies)
+    }
+
+    /// Whether data are being moved to another placement.
+    #[must_use]
+    pub fn is_moving(&self) -> bool {
+        self.next.is_some()
+    }
+
+    /// Whether a disk is on the ring, or about to be.
+    #[must_use]
+    pub fn on_ring(&self, disk: DiskId) -> bool {
+        let rings = std::iter::once(&self.ring).chain(&self.next);
+        rings.map(|placed| &placed.members).any(|members| members.contains_key(&disk))
+    }
+
     /// The node of a disk.
     #[must_use]
     pub fn node_of(&self, disk: DiskId) -> Option<NodeId> {
@@ -243,8 +278,15 @@ impl View {
         self.disks.get(&disk).is_some_and(|d| d.up)
     }
 
+    /// How many of `home` have to be up for I/O, and to have every acknowledged write before a
+    /// gateway may take what others wrote for safe.
+    fn needed(&self, home: &Disks, min_copies: usize) -> usize {
+        let in_place = |d: &DiskId| self.disks.get(d).is_none_or(|d| !d.out);
+        needed_at_home(min_copies, home.iter().filter(in_place).count())
+    }
+
     /// Whether every slot of `objects` objects of `volume` has at least `min_copies` up replicas
-    /// that lack no acknowledged write.
+    /// that lack no acknowledged write; fewer where disks are out.
     #[must_use]
     pub fn is_intact(
         &self,
@@ -259,7 +301,8 @@ impl View {
         }
         let enough = |slot: SlotId| {
             let home = self.home(slot, copies);
-            home.iter().filter(|d| self.disks.get(d).is_some_and(intact)).count() >= min_copies
+            let count = home.iter().filter(|d| self.disks.get(d).is_some_and(intact)).count();
+            count >= self.needed(&home, min_copies)
         };
         if objects >= SLOTS as u64 {
             return (0..=u16::MAX).all(|slot| enough(SlotId(slot)));
@@ -287,20 +330,36 @@ impl View {
         min_copies: usize,
     ) -> Result<SlotView, Waiting> {
         let home = self.home(slot, copies);
-        let up: Disks = home.iter().filter(|d| self.is_up(*d)).collect();
-        if up.len() < min_copies {
-            let down = home.iter().filter(|d| !self.is_up(*d)).collect();
-            return Err(Waiting::TooFew { up: up.len(), down });
-        }
-        let authorities = self.authorities(&home, min_copies)?;
-        let mut members = up;
+        let mut members: Disks = home.iter().filter(|d| self.is_up(*d)).collect();
+        let at_home = members.len();
         if let Some(next) = &self.next {
             next.place(slot, copies)
                 .iter()
                 .filter(|d| self.is_up(*d))
                 .for_each(|d| members.insert(d));
         }
+        // Those to come make up for disks that are out, not for disks that are only down: whoever
+        // looks back at this epoch has to know whether it took writes.
+        if at_home < self.needed(&home, min_copies) || members.len() < min_copies {
+            let down = home.iter().filter(|d| !self.is_up(*d)).collect();
+            return Err(Waiting::TooFew { up: members.len(), down });
+        }
+        let authorities = self.authorities(&home, min_copies)?;
         Ok(SlotView { members, authorities })
+    }
+
+    /// The up disks that know what is newest in `slot`, also when too few are up for I/O. Empty when
+    /// no disk that could know is left, so that there is nothing to know.
+    ///
+    /// # Errors
+    /// [`Waiting`], which names whom it waits for.
+    pub fn sources(
+        &self,
+        slot: SlotId,
+        copies: usize,
+        min_copies: usize,
+    ) -> Result<Disks, Waiting> {
+        self.authorities(&self.home(slot, copies), min_copies)
     }
 
     /// The up disks of a slot whose newest version counts.
@@ -320,8 +379,8 @@ impl View {
         let standings: Vec<Standing> = home
             .iter()
             .filter_map(|disk| {
-                let DiskView { up, missed_since, .. } = *view(&disk)?;
-                Some(Standing { disk, up, missed_since })
+                let DiskView { up, out, missed_since, .. } = *view(&disk)?;
+                Some(Standing { disk, up, out, missed_since })
             })
             .collect();
         let eligible = match last_active(&self.history, &standings, min_copies) {
@@ -335,6 +394,10 @@ impl View {
                 up
             }
             Ok(None) => up_with(&|_| true),
+            // The operator knows that it takes what is left, however old.
+            Err(Forgotten) if home.iter().any(|d| view(&d).is_none_or(|v| v.lost)) => {
+                up_with(&|_| true)
+            }
             Err(Forgotten) => return Err(Waiting::Forgotten),
         };
         Ok(eligible)
