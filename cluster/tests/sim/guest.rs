@@ -88,7 +88,8 @@ impl Guest {
             80..=85 => (Op::WriteZeroes { offset, len, may_unmap: fua, fua }, zero, range),
             86..=90 => {
                 let whole = offset.next_multiple_of(BLOCK);
-                let end = if range.end == self.size { self.size } else { range.end / BLOCK * BLOCK };
+                let end =
+                    if range.end == self.size { self.size } else { range.end / BLOCK * BLOCK };
                 let kind = Kind::Write { value: 0, fua: false };
                 (Op::Discard { offset, len }, kind, whole..end.max(whole))
             }

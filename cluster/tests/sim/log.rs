@@ -91,9 +91,8 @@ impl World {
 
     fn has_quorum(&self, at: usize) -> bool {
         let voters = self.voters();
-        let reached = (0..voters)
-            .filter(|v| self.nodes[*v].runs(self.now) && self.net.both(at, *v))
-            .count();
+        let reached =
+            (0..voters).filter(|v| self.nodes[*v].runs(self.now) && self.net.both(at, *v)).count();
         reached > voters / 2
     }
 

@@ -21,4 +21,3 @@ mod store;
 mod sync;
 pub mod topology;
 pub mod world;
-

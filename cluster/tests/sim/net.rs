@@ -180,12 +180,7 @@ impl World {
             ),
             other => format!("{other:?}"),
         };
-        format!(
-            "{name}@n{node} -> n{} disk {} epoch {}: {what}",
-            to + 1,
-            call.disk.0,
-            call.epoch
-        )
+        format!("{name}@n{node} -> n{} disk {} epoch {}: {what}", to + 1, call.disk.0, call.epoch)
     }
 
     /// Breaks a connection. Calls that had arrived may still be worked on.
@@ -319,7 +314,13 @@ impl World {
             let popped = self.instances[from].ports[to].replies.pop_front();
             let Some((_, id, reply, bytes)) = popped else { break };
             self.instances[from].ports[to].stalled = None;
-            note!(self, "{}@n{} <- n{}: {reply:?}", self.instances[from].volume + 1, node + 1, to + 1);
+            note!(
+                self,
+                "{}@n{} <- n{}: {reply:?}",
+                self.instances[from].volume + 1,
+                node + 1,
+                to + 1
+            );
             self.instances[from].gateway.handle_reply(id, reply, ReplyData { bytes });
         }
         self.watch_stall(from, to);
@@ -505,13 +506,7 @@ impl World {
         if have != job.expect {
             return Err(Reply::Failed(Failure::Behind { have }));
         }
-        note!(
-            self,
-            "disk {} copies {}: {have} to {}",
-            job.disk + 101,
-            job.key,
-            image.version
-        );
+        note!(self, "disk {} copies {}: {have} to {}", job.disk + 101, job.key, image.version);
         self.disks[job.disk].store.replace(job.key, image);
         Ok(())
     }

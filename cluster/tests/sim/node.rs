@@ -131,8 +131,7 @@ impl World {
     /// Whether it believes that it may serve.
     pub fn serves(&self, at: usize) -> bool {
         let node = &self.nodes[at];
-        let lease =
-            node.clock(self.now) < node.lease_until || self.mutant == Mutant::NoSelfFence;
+        let lease = node.clock(self.now) < node.lease_until || self.mutant == Mutant::NoSelfFence;
         node.alive && lease && self.has_entered(at)
     }
 
@@ -208,6 +207,14 @@ impl World {
         if self.has_entered(at) {
             self.nodes[at].renew_at = self.now + RENEW_EVERY;
             self.renew(at);
+        } else if self
+            .view_of(at)
+            .nodes
+            .get(&self.nodes[at].id)
+            .is_some_and(|n| !n.up && n.incarnation == self.nodes[at].incarnation)
+        {
+            note!(self, "n{} hears that it is down", at + 1);
+            self.enter_again(at);
         } else if self.now >= self.nodes[at].enter_at {
             self.nodes[at].enter_at = self.now + ENTER_EVERY;
             let command = self.enter_command(at);

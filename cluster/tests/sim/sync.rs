@@ -62,11 +62,10 @@ impl World {
         for at in 0..self.disks.len() {
             let disk = &self.disks[at];
             let node = disk.node;
-            let needed = self
-                .view_of(node)
-                .disks
-                .get(&disk.id)
-                .is_some_and(|d| d.sync_from.is_some() || d.restarted || d.missed_since.is_some());
+            let needed =
+                self.view_of(node).disks.get(&disk.id).is_some_and(|d| {
+                    d.sync_from.is_some() || d.restarted || d.missed_since.is_some()
+                });
             if !needed && disk.sync.is_none() {
                 continue;
             }
@@ -85,8 +84,7 @@ impl World {
             missing.push(disk);
             let (listings, actions) = (Listings::new(), None);
             let basis = view.epoch;
-            self.disks[at].sync =
-                Some(Sync { basis, missing, listings, actions, copying: false });
+            self.disks[at].sync = Some(Sync { basis, missing, listings, actions, copying: false });
             return;
         };
         if sync.basis != view.epoch || !needed {
@@ -121,8 +119,7 @@ impl World {
         let (from, to) = (SlotId(0), SlotId(u16::MAX));
         let request = Request::List { holder: self.disks[at].id, from, to, after: None };
         let here = self.disks[at].node;
-        let call =
-            Call { epoch: self.view_of(here).epoch, disk, writer: WriterGen(0), request };
+        let call = Call { epoch: self.view_of(here).epoch, disk, writer: WriterGen(0), request };
         let peer = self.disk_index(disk);
         let there = self.disks[peer].node;
         let reachable = self.nodes[there].runs(self.now) && self.net.both(here, there);

@@ -235,8 +235,7 @@ pub fn run(options: Options) -> Result<(Stats, Vec<String>), Failure> {
     match world.go() {
         Ok(stats) => Ok((stats, world.trace.lines)),
         Err(e) => {
-            let policies: Vec<_> =
-                world.volumes.iter().map(|v| (v.copies, v.min_copies)).collect();
+            let policies: Vec<_> = world.volumes.iter().map(|v| (v.copies, v.min_copies)).collect();
             let problem = format!(
                 "{e}\n  at t={} of seed {} ({} nodes, {} disks, copies {policies:?}, {:?})",
                 world.now,
@@ -325,8 +324,7 @@ impl World {
     }
 
     pub fn create_named(&mut self, name: &str, size: u64, copies: u8, min: u8) -> Option<usize> {
-        let spec =
-            VolumeSpec { name: name.into(), size, copies, min_copies: min, ack: Ack::Flush };
+        let spec = VolumeSpec { name: name.into(), size, copies, min_copies: min, ack: Ack::Flush };
         let Ok(Outcome::Created { volume }) = self.commit(Command::CreateVolume { spec, at: 0 })
         else {
             return None;
@@ -515,10 +513,7 @@ impl World {
         for disk in &self.disks {
             for key in disk.store.listing().keys() {
                 if !self.log.state.volumes.contains_key(&key.object.volume) {
-                    return Err(format!(
-                        "disk {} still has {key} of a deleted volume",
-                        disk.id.0
-                    ));
+                    return Err(format!("disk {} still has {key} of a deleted volume", disk.id.0));
                 }
             }
         }
@@ -530,15 +525,10 @@ impl World {
         let view = self.latest();
         for volume in self.volumes.iter().filter(|v| !v.deleted) {
             for index in 0..volume.size.div_ceil(sheepdog_types::OBJECT_SIZE) {
-                let object =
-                    ObjectId { volume: volume.id, index: ObjectIndex(index as u32) };
+                let object = ObjectId { volume: volume.id, index: ObjectIndex(index as u32) };
                 let key = LayerKey { object, layer: Layer(0) };
                 let slot = view
-                    .slot(
-                        object.slot(),
-                        usize::from(volume.copies),
-                        usize::from(volume.min_copies),
-                    )
+                    .slot(object.slot(), usize::from(volume.copies), usize::from(volume.min_copies))
                     .map_err(|w| format!("{object} waits after the end: {w:?}"))?;
                 let images: Vec<_> = slot
                     .members
