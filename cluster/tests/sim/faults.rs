@@ -274,6 +274,7 @@ impl World {
     /// Faults end, and what is broken is mended.
     pub fn heal_all(&mut self) {
         self.calm = true;
+        self.syncs_held = false;
         self.net.heal();
         self.plan.delay = self.plan.delay.min(4);
         for at in 0..self.disks.len() {

@@ -216,6 +216,13 @@ impl World {
             (forbidden && completion.is_ok())
                 .then(|| format!("an old gateway served request {tag}"))
         } else {
+            if let (Some((volume, expected, bytes)), Ok(Done::Data(data))) =
+                (&self.expected, &completion)
+                && (*volume, *expected) == (index, tag)
+                && bytes != data
+            {
+                self.trouble = Some("the read returned something else".into());
+            }
             let checker = &mut self.volumes[index].checker;
             let began = checker.began(tag).unwrap_or(now);
             match completion {

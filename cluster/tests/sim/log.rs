@@ -9,6 +9,7 @@ use sheepdog_cluster::state::ClusterState;
 use sheepdog_cluster::view::View;
 use sheepdog_types::NodeId;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// The first nodes vote.
@@ -84,16 +85,19 @@ impl World {
         self.deliver_log();
     }
 
-    fn voters(&self) -> usize {
-        let n = self.nodes.len().min(self.topology.nodes).min(VOTERS);
-        if n.is_multiple_of(2) { n - 1 } else { n }.max(1)
+    pub fn voters(&self) -> Range<usize> {
+        let (nodes, witnesses) = (self.topology.nodes, self.topology.witnesses);
+        let able = if witnesses > 0 { witnesses } else { nodes }.min(VOTERS);
+        let count = if able.is_multiple_of(2) { able - 1 } else { able }.max(1);
+        let first = if witnesses > 0 { nodes - witnesses } else { 0 };
+        first..first + count
     }
 
     fn has_quorum(&self, at: usize) -> bool {
         let voters = self.voters();
-        let reached =
-            (0..voters).filter(|v| self.nodes[*v].runs(self.now) && self.net.both(at, *v)).count();
-        reached > voters / 2
+        let voter = |v: &usize| self.nodes[*v].runs(self.now) && self.net.both(at, *v);
+        let reached = voters.clone().filter(voter).count();
+        reached > voters.len() / 2
     }
 
     fn elect(&mut self) {
@@ -105,7 +109,8 @@ impl World {
             }
             Some(_) => {}
             None if self.now >= self.log.elect_at => {
-                let able: Vec<usize> = (0..self.voters())
+                let able: Vec<usize> = self
+                    .voters()
                     .filter(|v| self.nodes[*v].runs(self.now) && self.has_quorum(*v))
                     .collect();
                 self.log.leader = self.rng.pick(&able);
@@ -287,7 +292,7 @@ impl World {
         let via = |v: usize| {
             self.nodes[v].runs(self.now) && self.net.both(v, at) && self.net.both(v, leader)
         };
-        self.net.both(at, leader) || (0..self.voters()).any(via)
+        self.net.both(at, leader) || self.voters().any(via)
     }
 }
 

@@ -59,6 +59,9 @@ impl World {
     }
 
     pub fn run_syncs(&mut self) {
+        if self.syncs_held {
+            return;
+        }
         for at in 0..self.disks.len() {
             let disk = &self.disks[at];
             let node = disk.node;

@@ -102,6 +102,12 @@ impl FaultPlan {
 pub struct Topology {
     pattern: usize,
     pub nodes: usize,
+    /// Disks of every node, if they are not drawn.
+    pub each: Option<usize>,
+    /// Number of zones, if it is not drawn.
+    pub zones: Option<usize>,
+    /// The last nodes have no disks, and vote instead of the others.
+    pub witnesses: usize,
 }
 
 /// Disks of the nodes, over and over, and number of zones (0: each node is one).
@@ -112,21 +118,24 @@ impl Topology {
     pub fn random(rng: &mut Rng, nodes: Option<usize>) -> Self {
         let pattern = rng.below(PATTERNS.len() as u64) as usize;
         let drawn = rng.range(5, 12) as usize;
-        Self { pattern, nodes: nodes.unwrap_or(drawn) }
+        Self { pattern, nodes: nodes.unwrap_or(drawn), each: None, zones: None, witnesses: 0 }
     }
 
     /// One disk in each node, each a zone.
     pub fn plain(nodes: usize) -> Self {
-        Self { pattern: 0, nodes }
+        Self { pattern: 0, nodes, each: None, zones: None, witnesses: 0 }
     }
 
     pub fn disks(self, node: usize) -> usize {
+        if node < self.nodes && node >= self.nodes - self.witnesses {
+            return 0;
+        }
         let disks = PATTERNS[self.pattern].0;
-        disks[node % disks.len()]
+        self.each.unwrap_or(disks[node % disks.len()])
     }
 
     pub fn zone(self, node: usize) -> String {
-        match PATTERNS[self.pattern].1 {
+        match self.zones.unwrap_or(PATTERNS[self.pattern].1) {
             0 => format!("z{}", node + 1),
             zones => format!("z{}", node % zones + 1),
         }

@@ -217,6 +217,10 @@ pub struct World {
     pub trouble: Option<String>,
     pub stats: Stats,
     pub traffic: Traffic,
+    /// Disks do not synchronise themselves for now.
+    pub syncs_held: bool,
+    /// What a read of a script has to return.
+    pub expected: Option<(usize, u64, Vec<u8>)>,
 }
 
 /// Bytes of messages that concern the cluster and not the guests.
@@ -281,6 +285,8 @@ impl World {
             trouble: None,
             stats: Stats::default(),
             traffic: Traffic::default(),
+            syncs_held: false,
+            expected: None,
         };
         world.found();
         world
@@ -313,7 +319,7 @@ impl World {
         for at in 0..self.nodes.len() {
             self.nodes[at].lease_until = self.nodes[at].clock(self.now) + super::node::LEASE;
         }
-        self.log.leader = Some(0);
+        self.log.leader = Some(self.voters().start);
     }
 
     /// Creates a volume, with its guest.
