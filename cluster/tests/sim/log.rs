@@ -275,6 +275,7 @@ impl World {
     fn deliver_log(&mut self) {
         let Some(leader) = self.log.leader else { return };
         let last = self.log.views.len() - 1;
+        self.nodes[leader].applied = last;
         for at in 0..self.nodes.len() {
             if self.nodes[at].applied == last || !self.nodes[at].runs(self.now) {
                 continue;
