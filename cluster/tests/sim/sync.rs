@@ -128,7 +128,7 @@ impl World {
         let reachable = self.nodes[there].runs(self.now) && self.net.both(here, there);
         let (id, lease) = (self.nodes[there].id, self.serves(there));
         if !reachable
-            || self.disks[peer].failed
+            || !self.disks[peer].used
             || replica::admit(self.view_of(there), id, lease, &call).is_err()
         {
             return;

@@ -40,6 +40,10 @@ pub struct FaultPlan {
     pub join: u64,
     /// A volume is deleted, and another one made.
     pub volumes: u64,
+    /// The youngest node is drained, or takes data again.
+    pub drain: u64,
+    /// Steps after which others take the place of a disk that is down; 0 for never.
+    pub out: Time,
     /// A volume moves to another gateway.
     pub hand_over: u64,
     /// Clocks run at different speeds.
@@ -72,6 +76,8 @@ impl FaultPlan {
             rot: some(8_000),
             join: some(1_000),
             volumes: some(1_500),
+            drain: some(1_500),
+            out: some(900),
             hand_over: some(1_000),
             skew: some(1) > 0,
             delay: 0,

@@ -212,6 +212,8 @@ pub struct World {
     pub doubled_at: Option<Time>,
     /// When a disk was full the last time.
     pub full_at: Option<Time>,
+    /// Since when disks have been down.
+    pub down_since: std::collections::BTreeMap<DiskId, Time>,
     /// When the last block rotted.
     pub rotted: Time,
     pub trouble: Option<String>,
@@ -281,6 +283,7 @@ impl World {
             doubled: false,
             doubled_at: None,
             full_at: None,
+            down_since: BTreeMap::new(),
             rotted: 0,
             trouble: None,
             stats: Stats::default(),
@@ -467,6 +470,7 @@ impl World {
     /// All disks hold what they must, as far as the log knows.
     pub fn complete(&self) -> bool {
         self.log.state.next_ring.is_none()
+            && self.log.state.nodes.values().all(|n| !n.draining)
             && self.disks.iter().all(|d| self.log.state.disk_up(d.id))
             && self
                 .log
@@ -479,7 +483,7 @@ impl World {
     /// Every node serves, and every disk is complete.
     pub fn all_well(&self) -> bool {
         self.complete()
-            && self.disks.iter().all(|d| !d.failed)
+            && self.disks.iter().all(|d| d.used)
             && (0..self.nodes.len()).all(|at| self.serves(at))
     }
 
@@ -500,6 +504,7 @@ impl World {
             self.run_faults();
         }
         self.run_nodes();
+        self.run_disks();
         self.run_syncs();
         self.manage_attachments();
         self.run_guests();
