@@ -106,7 +106,7 @@ impl FaultPlan {
 /// cluster is a beginning, so that rings need not be placed anew for every seed.
 #[derive(Clone, Copy, Debug)]
 pub struct Topology {
-    pattern: usize,
+    pub pattern: usize,
     pub nodes: usize,
     /// Disks of every node, if they are not drawn.
     pub each: Option<usize>,

@@ -219,6 +219,7 @@ pub struct World {
     pub trouble: Option<String>,
     pub stats: Stats,
     pub traffic: Traffic,
+    pub count_traffic: bool,
     /// Disks do not synchronise themselves for now.
     pub syncs_held: bool,
     /// What a read of a script has to return.
@@ -288,6 +289,7 @@ impl World {
             trouble: None,
             stats: Stats::default(),
             traffic: Traffic::default(),
+            count_traffic: false,
             syncs_held: false,
             expected: None,
         };
@@ -532,7 +534,7 @@ impl World {
     }
 
     /// After all is settled and read: every member of every object has the same.
-    fn compare_replicas(&self) -> Result<(), String> {
+    pub fn compare_replicas(&self) -> Result<(), String> {
         let view = self.latest();
         for volume in self.volumes.iter().filter(|v| !v.deleted) {
             for index in 0..volume.size.div_ceil(sheepdog_types::OBJECT_SIZE) {
