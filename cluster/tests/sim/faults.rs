@@ -17,7 +17,7 @@ impl World {
     /// Whether another failure would be one too many for what is demanded otherwise: half of the
     /// losses are left to be survived in peace.
     fn spared(&mut self) -> bool {
-        self.tainted && !self.doubled && self.now / 512 % 2 == 0
+        self.tainted && !self.doubled && (self.now / 512).is_multiple_of(2)
     }
 
     pub fn run_faults(&mut self) {
@@ -55,6 +55,13 @@ impl World {
                 let until = duration(&mut self.rng, self.now);
                 self.freeze(at, until);
             }
+        }
+        if self.happens(plan.deaf) && !self.instances.is_empty() {
+            let at = self.rng.below(self.instances.len() as u64) as usize;
+            let until = duration(&mut self.rng, self.now);
+            let node = self.instances[at].node + 1;
+            note!(self, "a gateway on n{node} hears nothing of the log until t={until}");
+            self.instances[at].deaf_until = until;
         }
         if self.happens(plan.slow) {
             let (at, factor) = (self.some_node(), self.rng.range(3, 40));

@@ -18,6 +18,8 @@ pub struct FaultPlan {
     pub blackout: u64,
     /// A process stops for a while, and goes on as if nothing had happened.
     pub freeze: u64,
+    /// The thread of a gateway that takes views does not run for a while.
+    pub deaf: u64,
     /// A pair of nodes cannot talk.
     pub cut: u64,
     /// One direction between two nodes is cut.
@@ -65,6 +67,7 @@ impl FaultPlan {
             power: some(1_000),
             blackout: some(400),
             freeze: some(1_500),
+            deaf: some(4_000),
             cut: some(4_000),
             one_way: some(4_000),
             isolate: some(1_500),

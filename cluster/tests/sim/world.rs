@@ -154,6 +154,8 @@ pub struct Instance {
     /// Its process is there.
     pub alive: bool,
     pub view_at: usize,
+    /// It hears nothing of the log until then.
+    pub deaf_until: Time,
     /// Requests that wait for the lease.
     pub held: Vec<(Op, u64)>,
     /// Requests of a zombie's guest that began after another gateway served.
