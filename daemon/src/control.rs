@@ -3,6 +3,7 @@
 //! A connection carries one request and its answer at a time; a caller takes an idle connection
 //! or makes a new one. Large log frames therefore never hold back small ones.
 
+use crate::api::RecoveryInfo;
 use crate::cluster::lock;
 use crate::wire::{ControlType, HELLO_LEN, HELLO_TIMEOUT, Hello, HelloError, Kind, MAX_ADMIN};
 use serde::{Deserialize, Serialize};
@@ -55,6 +56,13 @@ pub enum NodeRequest {
     Stats,
     /// How well are the disks?
     Disks,
+    /// Is this node no member any more?
+    Removed {
+        /// Which.
+        node: NodeId,
+    },
+    /// How far is the background recovery?
+    Recovery,
 }
 
 /// The answer of one node to another.
@@ -81,6 +89,15 @@ pub enum NodeReply {
     Stats(NodeStats),
     /// Answers [`NodeRequest::Disks`].
     Disks(Vec<DiskHealth>),
+    /// Answers [`NodeRequest::Removed`].
+    Removed {
+        /// The node was removed from the cluster.
+        removed: bool,
+        /// The cluster log still counts on it.
+        in_log: bool,
+    },
+    /// Answers [`NodeRequest::Recovery`].
+    Recovery(Vec<RecoveryInfo>),
 }
 
 /// What a node tells of its disks.

@@ -16,6 +16,7 @@ pub mod duplex;
 pub mod exports;
 pub mod leader;
 pub mod listener;
+pub mod membership;
 pub mod node;
 pub mod peers;
 pub mod pool;

@@ -25,7 +25,7 @@ pub async fn run(node: Arc<Node>) {
         if node.cluster.may_serve(&view) {
             for disk in node.replica.disks() {
                 let wants = view.disks.get(&disk.id).is_some_and(|d| d.sync_from.is_some());
-                if wants && let Err(problem) = synchronise(&node, disk, &view).await {
+                if wants && let Err(problem) = synchronise(&node, &disk, &view).await {
                     failed = true;
                     if problem != last_problem {
                         tracing::info!(disk = %disk.id, problem, "not synchronised yet");
