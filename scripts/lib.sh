@@ -5,11 +5,12 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 TARGET=${CARGO_TARGET_DIR:-$ROOT/target}
 
 # What the tests and the quick start use from Debian. fio and qemu-storage-daemon are measured against,
-# the cloud kernel and busybox are the guest; the store is tested on ext4 and xfs on loop devices.
+# the cloud kernel and busybox are the guest; the store is tested on ext4 and xfs on loop devices; hosts with cut links
+# are network namespaces.
 PACKAGES=(
     qemu-system-x86 qemu-utils qemu-block-extra seabios ipxe-qemu
     linux-image-cloud-amd64 busybox-static cpio
-    e2fsprogs xfsprogs mount
+    e2fsprogs xfsprogs mount iproute2 nftables
     fio libnbd-bin nbdkit jq build-essential curl ca-certificates
 )
 # All QEMU packages must be of one version; see need_packages.

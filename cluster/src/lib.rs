@@ -10,7 +10,9 @@
 pub mod command;
 pub mod gateway;
 pub mod history;
+pub mod liveness;
 pub mod message;
+pub mod recovery;
 pub mod replica;
 pub mod resync;
 pub mod ring;

@@ -10,6 +10,7 @@
 //! All integers are little-endian. The tail is covered by the checksums of its blocks (I7), which
 //! whoever stores or uses the blocks verifies.
 
+use crate::recovery::Policy;
 use serde::{Deserialize, Serialize};
 use sheepdog_types::{
     BLOCK_SIZE, BLOCKS_PER_OBJECT, DiskId, Epoch, Layer, LayerKey, ObjectId, SlotId, Version,
@@ -151,6 +152,14 @@ pub enum Request {
         /// Which.
         key: LayerKey,
     },
+    /// Asks for the digests of some slots, over the layers of the volumes with this number of copies and
+    /// fewest copies ([`slot_digest`](crate::recovery::slot_digest)).
+    Digests {
+        /// Copies and fewest copies.
+        policy: Policy,
+        /// At most [`MAX_DIGESTS`].
+        slots: Vec<SlotId>,
+    },
     /// Asks for the layers that `holder` has to have too, in order of slot and key.
     List {
         /// The disk that compares itself.
@@ -162,6 +171,29 @@ pub enum Request {
         /// Continue after this layer, which is in slot `from`.
         after: Option<LayerKey>,
     },
+    /// Asks for the checksums of a layer's blocks.
+    Sums {
+        /// Which.
+        key: LayerKey,
+    },
+    /// Asks for some data blocks of a layer at a version.
+    FetchBlocks {
+        /// Which.
+        key: LayerKey,
+        /// The version that they must be of.
+        version: Version,
+        /// The blocks, ascending.
+        spans: Vec<Span>,
+    },
+}
+
+/// Adjacent blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Span {
+    /// First block.
+    pub first: u16,
+    /// Number of blocks.
+    pub count: u16,
 }
 
 /// A call to one disk.
@@ -274,6 +306,11 @@ pub enum Reply {
         /// Blocks that are not absent.
         runs: Vec<Run>,
     },
+    /// The digests asked for, in their order.
+    Digests {
+        /// One for each slot.
+        digests: Vec<u64>,
+    },
     /// Layers.
     Listing {
         /// Their keys and versions, in order of slot and key.
@@ -285,6 +322,15 @@ pub enum Reply {
     Rejected(Reject),
     /// Tried and failed.
     Failed(Failure),
+    /// What a layer is, without its data: in the head, so that its checksum covers them.
+    Sums {
+        /// Its version; [`Version::NONE`] when there is none.
+        version: Version,
+        /// Blocks that are not absent.
+        runs: Vec<Run>,
+        /// CRC-32C of each data block, in order.
+        crcs: Vec<u32>,
+    },
 }
 
 /// The blocks that a call or reply carries behind its head.
@@ -354,6 +400,13 @@ impl Message for Reply {
             _ => 0,
         }
     }
+}
+
+/// Bytes of the frame that [`encode`] makes of this head and its blocks.
+pub fn frame_bytes<M: Message>(head: &M) -> usize {
+    let bytes = postcard::to_extend(head, Vec::new());
+    let head_len = bytes.expect("plain data always serialises into memory").len();
+    FRAME_HEADER + head_len + head.tail_blocks() * (BLOCK_SIZE + size_of::<u32>())
 }
 
 /// Appends a frame to `out`.
@@ -521,5 +574,25 @@ mod tests {
         let mut out = Vec::new();
         encode(&mut out, 1, &head, &[7; 512], &data);
         assert_eq!(decode::<Reply>(&out).unwrap().unwrap().head, head);
+        assert_eq!(frame_bytes(&head), out.len());
+    }
+
+    #[test]
+    fn the_largest_sums_and_requests_for_blocks_fit() {
+        let version = Version { writer: WriterGen(u64::MAX), seq: u64::MAX };
+        let run = |first| Run { first, count: 1, zero: first % 2 == 1 };
+        let runs = (0..BLOCKS_PER_OBJECT as u16).map(run).collect();
+        let head = Reply::Sums { version, runs, crcs: vec![u32::MAX; BLOCKS_PER_OBJECT] };
+        let mut out = Vec::new();
+        encode(&mut out, 1, &head, &[], &[]);
+        assert_eq!(decode::<Reply>(&out).unwrap().unwrap().head, head);
+        assert_eq!(frame_bytes(&head), out.len());
+        let mut call = write_call(0);
+        let spans = (0..512).map(|at| Span { first: 2 * at, count: 1 }).collect();
+        let Request::Write { key, .. } = call.request else { panic!("it is a write") };
+        call.request = Request::FetchBlocks { key, version, spans };
+        out.clear();
+        encode(&mut out, 1, &call, &[], &[]);
+        assert_eq!(decode::<Call>(&out).unwrap().unwrap().head, call);
     }
 }

@@ -1,6 +1,7 @@
 //! What a replica checks before it touches its disk.
 
-use crate::message::{Body, Call, Reject, Request};
+use crate::message::{Body, Call, Reject, Request, Span};
+use crate::recovery::MAX_DIGESTS;
 use crate::state::Volume;
 use crate::view::View;
 use sheepdog_types::{
@@ -46,15 +47,33 @@ pub fn admit(view: &View, node: NodeId, has_lease: bool, call: &Call) -> Result<
             check_layer(view, call, key.object, key.layer)
         }
         Request::Fence { volume } => check_writer(find(view, *volume)?, call.writer),
-        Request::Fetch { key } => check_place(view, call.disk, key.object).map(|_| ()),
+        Request::Fetch { key } | Request::Sums { key } => {
+            check_place(view, call.disk, key.object).map(|_| ())
+        }
+        Request::FetchBlocks { key, spans, .. } => {
+            check_spans(spans)?;
+            check_place(view, call.disk, key.object).map(|_| ())
+        }
         Request::List { from, to, .. } if from > to => Err(Reject::Malformed),
-        Request::Flush | Request::List { .. } => Ok(()),
+        Request::Digests { slots, .. } if slots.len() > MAX_DIGESTS => Err(Reject::Malformed),
+        Request::Flush | Request::List { .. } | Request::Digests { .. } => Ok(()),
     }
 }
 
 fn check_blocks(first: u16, count: u16) -> Result<(), Reject> {
     let end = usize::from(first) + usize::from(count);
     if count == 0 || end > BLOCKS_PER_OBJECT { Err(Reject::Malformed) } else { Ok(()) }
+}
+
+/// Some blocks, each once, in order: so they are never more than an object.
+fn check_spans(spans: &[Span]) -> Result<(), Reject> {
+    let ends_before = |pair: &[Span]| {
+        u32::from(pair[0].first) + u32::from(pair[0].count) <= u32::from(pair[1].first)
+    };
+    if spans.is_empty() || !spans.windows(2).all(ends_before) {
+        return Err(Reject::Malformed);
+    }
+    spans.iter().try_for_each(|span| check_blocks(span.first, span.count))
 }
 
 fn check_layer(view: &View, call: &Call, object: ObjectId, layer: Layer) -> Result<(), Reject> {

@@ -104,7 +104,17 @@ fn check_slots(view: &View, disk: DiskId, window: (SlotId, SlotId)) -> Result<()
     Ok(())
 }
 
-fn plan_layer(
+/// Whether a disk has no business with a layer: its volume is gone, or it belongs elsewhere.
+pub(crate) fn is_leftover(view: &View, disk: DiskId, key: LayerKey) -> bool {
+    match view.volumes.get(&key.object.volume) {
+        Some(volume) => !view.is_member(key.object.slot(), usize::from(volume.spec.copies), disk),
+        // A volume younger than this view is no leftover.
+        None => key.object.volume <= view.last_volume,
+    }
+}
+
+/// What `disk` has to do about one layer, given the listings of the sources of its slot and its own.
+pub(crate) fn plan_layer(
     view: &View,
     disk: DiskId,
     listings: &Listings,
@@ -112,15 +122,12 @@ fn plan_layer(
 ) -> Result<Option<Action>, Waiting> {
     let version_on = |d: DiskId| listings.get(&d).and_then(|l| l.get(&key)).copied();
     let mine = version_on(disk);
-    let delete = mine.map(|_| Action::Delete { key });
-    let Some(volume) = view.volumes.get(&key.object.volume) else {
-        // A volume younger than this view is no leftover.
-        return Ok(delete.filter(|_| key.object.volume <= view.last_volume));
+    let volume = view.volumes.get(&key.object.volume);
+    let Some(volume) = volume.filter(|_| !is_leftover(view, disk, key)) else {
+        let leftover = mine.is_some() && is_leftover(view, disk, key);
+        return Ok(leftover.then_some(Action::Delete { key }));
     };
     let (copies, slot) = (usize::from(volume.spec.copies), key.object.slot());
-    if !view.is_member(slot, copies, disk) {
-        return Ok(delete);
-    }
     let sources = view.sources(slot, copies, usize::from(volume.spec.min_copies))?;
     let newest = sources
         .iter()

@@ -6,7 +6,7 @@ mod common;
 
 use common::{attach, attached, create, disk, down, enter, key, view};
 use sheepdog_cluster::command::{Command, decode_answer, decode_command};
-use sheepdog_cluster::message::{Body, Call, Reject, Reply, Request, decode, encode};
+use sheepdog_cluster::message::{Body, Call, Reject, Reply, Request, Span, decode, encode};
 use sheepdog_cluster::replica::admit;
 use sheepdog_cluster::state::ClusterState;
 use sheepdog_types::{
@@ -30,6 +30,11 @@ fn write(first: u16, count: u16) -> Request {
     }
 }
 
+fn fetch(spans: &[(u16, u16)]) -> Request {
+    let spans = spans.iter().map(|(first, count)| Span { first: *first, count: *count });
+    Request::FetchBlocks { key: key(0), version: Version::NONE, spans: spans.collect() }
+}
+
 fn check(state: &ClusterState, call: &Call) -> Result<(), Reject> {
     admit(&view(state), NodeId(2), true, call)
 }
@@ -50,6 +55,8 @@ fn all_requests() -> Vec<Request> {
         Request::Fence { volume: VolumeId(1) },
         Request::Fetch { key: key(0) },
         Request::List { holder: disk(1), from: SlotId(0), to: SlotId(9), after: None },
+        Request::Sums { key: key(0) },
+        fetch(&[(0, 2), (3, 1), (1023, 1)]),
     ]
 }
 
@@ -139,6 +146,14 @@ fn what_makes_no_sense_is_malformed() {
         Request::Stat { key: key(2) },
         Request::Stat { key: key(u32::MAX) },
         Request::List { holder: disk(1), from: SlotId(2), to: SlotId(1), after: None },
+        Request::Sums { key: key(2) },
+        fetch(&[]),
+        fetch(&[(0, 0)]),
+        fetch(&[(1, blocks)]),
+        fetch(&[(u16::MAX, u16::MAX)]),
+        fetch(&[(0, 2), (1, 1)]),
+        fetch(&[(3, 1), (0, 1)]),
+        fetch(&[(u16::MAX, u16::MAX), (0, 1)]),
     ];
     for (writer, seq) in [(2, 1), (1, 0)] {
         let mut request = write(0, 1);

@@ -1,5 +1,6 @@
 //! The agreed state on this node, and the picture of it that the data path works with.
 
+use crate::recovery::Clients;
 use sheepdog_cluster::command::{self, Refusal};
 use sheepdog_cluster::state::ClusterState;
 use sheepdog_cluster::view::View;
@@ -64,6 +65,8 @@ pub struct Cluster {
     pub lease: Lease,
     /// Wakes whoever ticks the volumes: one of them waits for something passing.
     pub ticks: Notify,
+    /// What the guests of this node's volumes experience.
+    pub clients: Arc<Clients>,
     state: Mutex<ClusterState>,
     view: RwLock<Arc<View>>,
     changes: watch::Sender<u64>,
@@ -78,7 +81,8 @@ impl Cluster {
         let (changes, _) = watch::channel(0);
         let (lease, state) = (Lease::default(), Mutex::new(state));
         let incarnation = AtomicU64::new(incarnation);
-        Self { node, incarnation, lease, ticks: Notify::new(), state, view, changes }
+        let (ticks, clients) = (Notify::new(), Arc::default());
+        Self { node, incarnation, lease, ticks, clients, state, view, changes }
     }
 
     /// Of the latest entry, or the one being tried.
@@ -102,6 +106,11 @@ impl Cluster {
     /// The whole state, to look at. Do not hold it across an await.
     pub fn state(&self) -> MutexGuard<'_, ClusterState> {
         lock(&self.state)
+    }
+
+    /// Wakes whoever follows changes: something of this node has changed.
+    pub fn nudge(&self) {
+        self.changes.send_modify(|count| *count += 1);
     }
 
     /// Wakes after each change of the state; the value counts revisions.

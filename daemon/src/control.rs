@@ -7,6 +7,7 @@ use crate::api::RecoveryInfo;
 use crate::cluster::lock;
 use crate::wire::{ControlType, HELLO_LEN, HELLO_TIMEOUT, Hello, HelloError, Kind, MAX_ADMIN};
 use serde::{Deserialize, Serialize};
+use sheepdog_cluster::command::NodeInfo;
 use sheepdog_log::{BoxFuture, Transport, TransportError};
 use sheepdog_types::{ClusterId, DiskId, NodeId};
 use std::collections::HashMap;
@@ -28,6 +29,9 @@ pub const STATUS_OK: u8 = 0;
 /// Status byte of an answer: the body is a text that says what is wrong.
 pub const STATUS_ERROR: u8 = 1;
 
+/// Most nodes that one message complains of or asks about.
+pub const MAX_COMPLAINTS: usize = 128;
+
 /// What one node asks another.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum NodeRequest {
@@ -46,8 +50,11 @@ pub enum NodeRequest {
         node: NodeId,
         /// Its incarnation.
         incarnation: u64,
+        /// Up nodes that it cannot reach, at most [`MAX_COMPLAINTS`].
+        unreachable: Vec<NodeId>,
     },
-    /// A node's port refuses connections: its process is gone.
+    /// A node's port refuses connections: its process is gone. For the leader of the log, or about
+    /// the leader.
     Refused {
         /// Which.
         node: NodeId,
@@ -56,6 +63,25 @@ pub enum NodeRequest {
     Stats,
     /// How well are the disks?
     Disks,
+    /// An incarnation of a node does not serve any more, and will not again.
+    Left {
+        /// The node.
+        node: NodeId,
+        /// The incarnation.
+        incarnation: u64,
+    },
+    /// Lets a node in, if it and all up nodes reach each other; only the leader of the log can.
+    Enter {
+        /// The node.
+        node: NodeInfo,
+        /// Up nodes that it cannot reach, at most [`MAX_COMPLAINTS`].
+        unreachable: Vec<NodeId>,
+    },
+    /// Tries to reach nodes, now.
+    Probe {
+        /// Which and where, at most [`MAX_COMPLAINTS`].
+        targets: Vec<(NodeId, String)>,
+    },
     /// Is this node no member any more?
     Removed {
         /// Which.
@@ -89,6 +115,21 @@ pub enum NodeReply {
     Stats(NodeStats),
     /// Answers [`NodeRequest::Disks`].
     Disks(Vec<DiskHealth>),
+    /// No lease for this incarnation any more, for this reason: it stops serving and enters again.
+    Yield(String),
+    /// Answers [`NodeRequest::Enter`]: it is agreed.
+    Entered,
+    /// Answers [`NodeRequest::Enter`]: not now.
+    StayOut {
+        /// For people.
+        reason: String,
+        /// Milliseconds to wait before asking again; 0 where nobody knows.
+        wait: u64,
+    },
+    /// Answers [`NodeRequest::Enter`]: the cluster is not founded yet.
+    NotFounded,
+    /// Answers [`NodeRequest::Probe`]: the nodes that cannot be reached.
+    Unreachable(Vec<NodeId>),
     /// Answers [`NodeRequest::Removed`].
     Removed {
         /// The node was removed from the cluster.
@@ -233,12 +274,12 @@ impl ControlClient {
         let idle = lock(&self.idle).get_mut(address).and_then(Vec::pop);
         let (mut stream, fresh) = match idle {
             Some(stream) if is_quiet(&stream) => (stream, false),
-            _ => (self.connect(address).await.map_err(ControlError::NotSent)?, true),
+            _ => (self.connect(address).await.map_err(ControlError::NotSent)?.0, true),
         };
         let mut outcome = exchange(&mut stream, kind, body).await;
         if outcome.is_err() && !fresh && kind == ControlType::Log {
             // The log's frames may be repeated: its protocol is made for that.
-            stream = self.connect(address).await.map_err(ControlError::NotSent)?;
+            stream = self.connect(address).await.map_err(ControlError::NotSent)?.0;
             outcome = exchange(&mut stream, kind, body).await;
         }
         let (status, answer) = outcome.map_err(ControlError::Lost)?;
@@ -254,7 +295,15 @@ impl ControlClient {
         }
     }
 
-    async fn connect(&self, address: &str) -> Result<TcpStream, HelloError> {
+    /// Exchanges hellos over a new connection; gives who listens there.
+    ///
+    /// # Errors
+    /// [`HelloError`].
+    pub async fn greet(&self, address: &str) -> Result<NodeId, HelloError> {
+        Ok(self.connect(address).await?.1)
+    }
+
+    async fn connect(&self, address: &str) -> Result<(TcpStream, NodeId), HelloError> {
         let timed_out = |_| HelloError::Io(io::ErrorKind::TimedOut.into());
         let mut stream = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(address))
             .await
@@ -265,10 +314,12 @@ impl ControlClient {
             stream.write_all(&hello).await?;
             let mut answer = [0; HELLO_LEN];
             stream.read_exact(&mut answer).await?;
-            Hello::decode(&answer)?.check_answer()
+            let answer = Hello::decode(&answer)?;
+            answer.check_answer()?;
+            Ok::<_, HelloError>(answer.node)
         };
-        tokio::time::timeout(HELLO_TIMEOUT, greet).await.map_err(timed_out)??;
-        Ok(stream)
+        let node = tokio::time::timeout(HELLO_TIMEOUT, greet).await.map_err(timed_out)??;
+        Ok((stream, node))
     }
 }
 

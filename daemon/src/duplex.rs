@@ -6,13 +6,14 @@
 
 use crate::cluster::lock;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use rustix::net::{RecvFlags, SendFlags, recv, send};
+use rustix::net::{RecvFlags, SendFlags, recv, send, sockopt};
 use sheepdog_cluster::message::{FrameError, MAX_FRAME, frame_len};
 use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 use thiserror::Error;
 
 /// A peer that does not read its answers is not read from any more beyond this many bytes (I10).
@@ -21,6 +22,12 @@ const MAX_UNSENT: usize = 64 << 20;
 const INPUT: usize = 256 << 10;
 /// Reads without a large frame after which a grown input buffer is given back.
 const SMALL_READS: u32 = 1024;
+
+/// How long the other host may leave bytes unacknowledged. Long: one that is merely slow to take
+/// them looks the same, and those that are cut off are found sooner in other ways.
+const UNACKNOWLEDGED: Duration = Duration::from_secs(15);
+/// How long a connection is silent before the kernel asks whether the other host still knows it.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 
 /// Why a connection ended.
 #[derive(Debug, Error)]
@@ -72,6 +79,11 @@ impl Duplex {
     pub fn new(stream: TcpStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         stream.set_nodelay(true)?;
+        // A connection that a firewall or a restarted host forgot: the end that has something to
+        // say notices by itself, the other one is asked now and then.
+        sockopt::set_tcp_user_timeout(&stream, UNACKNOWLEDGED.as_millis() as u32)?;
+        sockopt::set_socket_keepalive(&stream, true)?;
+        sockopt::set_tcp_keepidle(&stream, KEEPALIVE_IDLE)?;
         let wake = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
         let output = Mutex::default();
         Ok(Self { stream, wake, stopped: AtomicBool::new(false), output })

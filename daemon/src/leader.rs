@@ -1,5 +1,5 @@
-//! What a node does while it leads the cluster log: it keeps the leases of all nodes, and declares
-//! those *down* whose lease ran out or whose process is gone.
+//! What a node does while it leads the cluster log: it keeps the leases of all nodes, declares
+//! those *down* whose lease ran out or whose process is gone, and lets others in.
 //!
 //! A lease is granted only while a quorum confirmed the leader so recently that nobody else can
 //! lead. A new leader waits a whole lease before it declares anybody down: its predecessor may
@@ -7,20 +7,36 @@
 
 use crate::cluster::{LEASE, LEASE_MARGIN, lock};
 use crate::control::NodeReply;
+use crate::liveness::survey::{self, Applicants, Entrant};
 use crate::node::{Node, now};
 use crate::tasks::refuses;
-use sheepdog_cluster::command::{Command, encode_command};
+use sheepdog_cluster::command::{Command, NodeInfo, decode_answer, encode_command};
+use sheepdog_cluster::liveness::Damping;
+use sheepdog_cluster::view::View;
 use sheepdog_log::ClusterLog;
-use sheepdog_types::NodeId;
+use sheepdog_types::{ClusterId, NodeId};
 use std::collections::HashMap;
 use std::sync::Mutex;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+use tokio::sync::Notify;
+
+/// A lease that was granted.
+#[derive(Debug)]
+struct Renewal {
+    incarnation: u64,
+    at: Instant,
+    /// Up nodes that its holder could not reach then.
+    unreachable: Vec<NodeId>,
+}
 
 /// When the leases of the up nodes were renewed, in one term of this node as leader.
 #[derive(Debug, Default)]
 struct Leases {
     term: u64,
-    renewed: HashMap<NodeId, (u64, Instant)>,
+    renewed: HashMap<NodeId, Renewal>,
+    /// Incarnations that get no lease any more, and why. They are down when they say that they
+    /// have stopped, or when their lease has run out.
+    condemned: HashMap<NodeId, (u64, String)>,
 }
 
 impl Leases {
@@ -38,27 +54,46 @@ impl Leases {
         }
         let mut expired = Vec::new();
         for (id, incarnation) in up {
-            let renewed = self.renewed.entry(id).or_insert((incarnation, now));
-            if renewed.0 != incarnation {
-                *renewed = (incarnation, now);
+            let first = || Renewal { incarnation, at: now, unreachable: Vec::new() };
+            let renewed = self.renewed.entry(id).or_insert_with(first);
+            if renewed.incarnation != incarnation {
+                *renewed = first();
             }
-            if now.saturating_duration_since(renewed.1) > LEASE + LEASE_MARGIN {
+            if now.saturating_duration_since(renewed.at) > LEASE + LEASE_MARGIN {
                 expired.push((id, incarnation));
             }
         }
         expired
     }
+
+    /// Why an incarnation gets no lease any more.
+    fn condemned(&self, id: NodeId, incarnation: u64) -> Option<&str> {
+        let (condemned, reason) = self.condemned.get(&id)?;
+        (*condemned == incarnation).then_some(reason)
+    }
 }
 
-/// The leases that this node keeps while it leads.
+/// What this node keeps in mind while it leads.
 #[derive(Debug, Default)]
 pub struct Leader {
     leases: Mutex<Leases>,
+    /// Kept on every node, so that a new leader goes on with it.
+    damping: Mutex<Option<(Instant, Damping)>>,
+    /// Nodes that may not enter yet.
+    pub applicants: Mutex<Applicants>,
+    /// Wakes [`survey::judge`]: somebody cannot reach somebody.
+    pub complained: Notify,
 }
 
 impl Leader {
-    /// Renews the lease of a node.
-    pub fn renew(&self, node: &Node, id: NodeId, incarnation: u64) -> NodeReply {
+    /// Renews the lease of a node, which cannot reach some others.
+    pub fn renew(
+        &self,
+        node: &Node,
+        id: NodeId,
+        incarnation: u64,
+        unreachable: Vec<NodeId>,
+    ) -> NodeReply {
         if !node.log.is_confirmed_leader() {
             return NodeReply::NotLeader;
         }
@@ -66,27 +101,44 @@ impl Leader {
         if !view.nodes.get(&id).is_some_and(|n| n.up && n.incarnation == incarnation) {
             return NodeReply::EnterAgain;
         }
-        lock(&self.leases).renewed.insert(id, (incarnation, Instant::now()));
+        let mut leases = lock(&self.leases);
+        if let Some(reason) = leases.condemned(id, incarnation) {
+            return NodeReply::Yield(reason.to_owned());
+        }
+        if unreachable.iter().any(|lost| view.nodes.get(lost).is_some_and(|n| n.up)) {
+            self.complained.notify_one();
+        }
+        leases.renewed.insert(id, Renewal { incarnation, at: Instant::now(), unreachable });
         NodeReply::Granted
     }
 
     /// The up nodes whose leases ran out; empty while this node does not lead.
-    fn expired(&self, node: &Node) -> Vec<(NodeId, u64)> {
+    fn expired(&self, node: &Node) -> Vec<(NodeId, u64, String)> {
         let mut leases = lock(&self.leases);
         if !node.log.is_confirmed_leader() {
             leases.renewed.clear();
+            leases.condemned.clear();
             return Vec::new();
         }
         let view = node.cluster.view();
+        let is_up = |id: &NodeId, incarnation: u64| {
+            view.nodes.get(id).is_some_and(|n| n.up && n.incarnation == incarnation)
+        };
+        leases.condemned.retain(|id, (incarnation, _)| is_up(id, *incarnation));
         let others = view.nodes.iter().filter(|(id, n)| n.up && **id != node.cluster.node);
         let others = others.map(|(id, n)| (*id, n.incarnation));
-        leases.expired(node.log.status().term, others, Instant::now())
+        let expired = leases.expired(node.log.status().term, others, Instant::now());
+        let with_reason = |(id, incarnation)| {
+            let reason = leases.condemned(id, incarnation).unwrap_or("its lease ran out");
+            (id, incarnation, reason.to_owned())
+        };
+        expired.into_iter().map(with_reason).collect()
     }
 
     /// Declares down who has no lease, and tells the log which nodes may vote.
     pub async fn tend(&self, node: &Node) {
-        for (id, incarnation) in self.expired(node) {
-            declare_down(node, id, incarnation, "its lease ran out").await;
+        for (id, incarnation, reason) in self.expired(node) {
+            declare_down(node, id, incarnation, &reason).await;
         }
         if node.log.status().is_leader {
             let view = node.cluster.view();
@@ -107,6 +159,108 @@ impl Leader {
             let reason = "its process is gone (connection refused)";
             declare_down(node, id, suspect.incarnation, reason).await;
         }
+    }
+
+    /// An incarnation says that it has stopped serving for good.
+    pub async fn left(&self, node: &Node, id: NodeId, incarnation: u64) {
+        let reason = lock(&self.leases).condemned(id, incarnation).map(str::to_owned);
+        let Some(reason) = reason else { return };
+        if node.log.is_confirmed_leader() {
+            declare_down(node, id, incarnation, &reason).await;
+        }
+    }
+
+    /// Pairs of which the first said that it cannot reach the second when it last renewed its
+    /// lease.
+    #[must_use]
+    pub fn complaints(&self, node: &Node) -> Vec<(NodeId, NodeId)> {
+        let view = node.cluster.view();
+        let leases = lock(&self.leases);
+        let is_current = |id: &NodeId, renewal: &Renewal| {
+            view.nodes.get(id).is_some_and(|n| n.up && n.incarnation == renewal.incarnation)
+        };
+        let current = leases.renewed.iter().filter(|(id, renewal)| is_current(id, renewal));
+        current.flat_map(|(id, r)| r.unreachable.iter().map(|lost| (*id, *lost))).collect()
+    }
+
+    /// Gives an incarnation of a node no lease any more.
+    pub fn condemn(&self, id: NodeId, incarnation: u64, reason: String) {
+        tracing::warn!(node = %id, reason, "a node has to leave the cluster");
+        lock(&self.leases).condemned.insert(id, (incarnation, reason));
+    }
+
+    /// Whether an incarnation gets no lease any more.
+    #[must_use]
+    pub fn is_condemned(&self, id: NodeId, incarnation: u64) -> bool {
+        lock(&self.leases).condemned(id, incarnation).is_some()
+    }
+
+    /// Counts entries. They are told apart from those of the past, which the log repeats at the
+    /// start, by that this node has entered.
+    pub fn observe(&self, node: &Node, view: &View) {
+        let mut damping = lock(&self.damping);
+        if damping.is_none() && !node.cluster.has_entered(view) {
+            return;
+        }
+        let (begin, damping) = damping.get_or_insert_with(|| (Instant::now(), Damping::default()));
+        for (id, member) in &view.nodes {
+            damping.observe(*id, member.incarnation, begin.elapsed());
+        }
+    }
+
+    /// How long a node has to wait before it may enter again, and why.
+    fn hold(&self, id: NodeId) -> Option<(Duration, String)> {
+        let damping = lock(&self.damping);
+        let (begin, damping) = damping.as_ref()?;
+        let now = begin.elapsed();
+        let count = damping.entries(id, now);
+        let reason = format!(
+            "it has entered {count} times within minutes, so it has to wait longer each time"
+        );
+        damping.hold(id, now).map(|left| (left, reason))
+    }
+
+    /// Lets a node in, or says why not. Whatever the answer: no earlier incarnation of it serves.
+    pub async fn admit(&self, node: &Node, info: NodeInfo, unreachable: Vec<NodeId>) -> NodeReply {
+        if !node.log.is_confirmed_leader() {
+            return NodeReply::NotLeader;
+        }
+        if node.cluster.state().cluster == ClusterId(0) {
+            return NodeReply::NotFounded;
+        }
+        let (id, incarnation) = (info.id, info.incarnation);
+        let view = node.cluster.view();
+        if view.nodes.get(&id).is_some_and(|n| n.up && n.incarnation == incarnation) {
+            return NodeReply::Entered; // the answer was lost
+        }
+        if let Some((wait, reason)) = self.hold(id) {
+            depose(node, id, incarnation, &reason).await;
+            let wait = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
+            return NodeReply::StayOut { reason, wait: wait.max(1) };
+        }
+        let storage = !info.disks.is_empty();
+        let entrant = Entrant { id, address: &info.address, storage };
+        if let Err(reason) = survey::examine(node, entrant, unreachable).await {
+            depose(node, id, incarnation, &reason).await;
+            return NodeReply::StayOut { reason, wait: 0 };
+        }
+        lock(&self.applicants).remove(id);
+        let command = Command::Enter { node: info, at: now() };
+        let answer = node.log.propose(encode_command(&command)).await;
+        let reason = match answer.map(|bytes| decode_answer(&bytes)) {
+            Ok(Ok(_)) => return NodeReply::Entered,
+            Ok(Err(refusal)) => format!("refused: {refusal}"),
+            Err(error) => error.to_string(),
+        };
+        NodeReply::StayOut { reason, wait: 0 }
+    }
+}
+
+/// A node that is up by the log has begun another life and may not enter: it is down.
+async fn depose(node: &Node, id: NodeId, incarnation: u64, reason: &str) {
+    let view = node.cluster.view();
+    if let Some(old) = view.nodes.get(&id).filter(|n| n.up && n.incarnation != incarnation) {
+        declare_down(node, id, old.incarnation, reason).await;
     }
 }
 

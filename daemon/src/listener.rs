@@ -1,7 +1,9 @@
 //! The one port of a node: says hello, and hands each connection to where it belongs.
 
 use crate::control::{NodeReply, NodeRequest, STATUS_ERROR, STATUS_OK, read_frame, write_frame};
+use crate::liveness::unreachable_of;
 use crate::node::Node;
+use crate::tasks::look_at_refusing;
 use crate::wire::{
     ControlType, HELLO_LEN, HELLO_TIMEOUT, Hello, Kind, MAX_ADMIN, PROTOCOL_VERSION, Verdict,
 };
@@ -140,11 +142,21 @@ async fn handle_node(node: &Arc<Node>, request: NodeRequest) -> Result<NodeReply
             Ok(NodeReply::IAm { cluster, node: node.cluster.node, release })
         }
         NodeRequest::Join { node: id, address } => join(node, id, address).await,
-        NodeRequest::Renew { node: id, incarnation } => {
-            Ok(node.leader.renew(node, id, incarnation))
+        NodeRequest::Renew { node: id, incarnation, unreachable } => {
+            Ok(node.leader.renew(node, id, incarnation, unreachable))
+        }
+        NodeRequest::Enter { node: info, unreachable } => {
+            Ok(node.leader.admit(node, info, unreachable).await)
+        }
+        NodeRequest::Probe { targets } => {
+            Ok(NodeReply::Unreachable(unreachable_of(&node.client, targets).await))
         }
         NodeRequest::Refused { node: id } => {
-            node.leader.probe(node, id).await;
+            look_at_refusing(node, id).await;
+            Ok(NodeReply::Done)
+        }
+        NodeRequest::Left { node: id, incarnation } => {
+            node.leader.left(node, id, incarnation).await;
             Ok(NodeReply::Done)
         }
         NodeRequest::Stats => {

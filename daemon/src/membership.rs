@@ -11,7 +11,7 @@ use sheepdog_cluster::command::{Command, DiskInfo, Refusal};
 use sheepdog_cluster::state::ClusterState;
 use sheepdog_log::ClusterLog;
 use sheepdog_types::{DiskId, NodeId};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -145,6 +145,9 @@ pub fn own_disks(node: &Node) -> Vec<(DiskInfo, PathBuf)> {
 /// Tells the cluster of disks of this node that failed, and of those that came.
 async fn report_disks(node: &Node) {
     let (incarnation, id) = (node.cluster.incarnation(), node.cluster.node);
+    // A full disk left service on purpose, and comes back when there is room.
+    let full = node.recoveries.progress().into_iter().filter(|p| p.full).map(|p| p.disk);
+    let full: BTreeSet<DiskId> = full.collect();
     for (info, _) in own_disks(node) {
         let Some(disk) = node.replica.disk(info.id) else { continue };
         let (up, removed) = {
@@ -157,7 +160,7 @@ async fn report_disks(node: &Node) {
                 let reason = reason.to_string();
                 Command::DiskDown { disk: info.id, incarnation, reason, at: now() }
             }
-            None if !up && !removed => {
+            None if !up && !removed && !full.contains(&info.id) => {
                 Command::DiskUp { node: id, incarnation, disk: info, at: now() }
             }
             _ => continue,
@@ -252,6 +255,7 @@ pub async fn forget_disk(node: &Arc<Node>, id: DiskId) {
 /// Closes a disk, waiting for what still uses it. Blocks.
 pub fn close(node: &Node, id: DiskId) {
     let Some(mut disk) = node.close_disk(id) else { return };
+    node.cluster.nudge(); // its recovery ends
     let begin = Instant::now();
     while begin.elapsed() < CLOSE {
         match Arc::try_unwrap(disk) {

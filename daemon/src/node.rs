@@ -7,11 +7,12 @@ use crate::exports::ExportTable;
 use crate::leader::Leader;
 use crate::listener;
 use crate::peers::Peers;
+use crate::recovery::Recoveries;
 use crate::replica::{Disk, Replica};
 use crate::scrub::Scrubber;
 use crate::serve::Served;
 use sheepdog_cluster::command::{
-    Answer, Command, DiskInfo, NodeInfo, Refusal, decode_answer, encode_command,
+    Answer, Command, DiskInfo, NodeInfo, decode_answer, encode_command,
 };
 use sheepdog_log::{ClusterLog, Options as LogOptions, ProposeError, RaftLog};
 pub use sheepdog_store::{Cache, IoBackend};
@@ -49,6 +50,8 @@ pub struct Config {
     pub zone: Option<String>,
     /// Directories of disks and their weights; by default `disk` in the node's directory.
     pub disks: Vec<(PathBuf, Option<u64>)>,
+    /// It has no disks: a gateway and a voter of the cluster log.
+    pub no_disk: bool,
     /// Allow addresses outside loopback although nothing is encrypted yet.
     pub insecure: bool,
     /// How disks are read and written.
@@ -90,6 +93,8 @@ pub struct Node {
     pub exports: Arc<ExportTable>,
     /// What it does while it leads the log.
     pub leader: Leader,
+    /// Recoveries of its disks.
+    pub recoveries: Recoveries,
     /// Scrubs of its disks.
     scrubbers: Mutex<BTreeMap<DiskId, Arc<Scrubber>>>,
     /// Disks of it that could not be opened, and why.
@@ -98,6 +103,8 @@ pub struct Node {
     pub disk_changes: tokio::sync::Mutex<()>,
     /// Why it has to stop: it is no member any more.
     pub expelled: watch::Sender<Option<String>>,
+    /// Why it has not entered yet.
+    pub(crate) obstacle: Mutex<String>,
     /// Set when it stops.
     pub stopping: watch::Sender<bool>,
 }
@@ -167,6 +174,7 @@ pub async fn start(config: Config) -> Result<Arc<Node>, StartError> {
     let (stopping, _) = watch::channel(false);
     let client = Arc::new(ControlClient::new(cluster_id, id));
     let leader = Leader::default();
+    let recoveries = Recoveries::new(Arc::clone(&cluster.clients));
     let scrubber = |disk: Arc<Disk>| (disk.id, Arc::new(Scrubber::new(disk)));
     let scrubbers = replica.disks().into_iter().map(scrubber).collect();
     let node = Arc::new(Node {
@@ -181,10 +189,12 @@ pub async fn start(config: Config) -> Result<Arc<Node>, StartError> {
         client,
         exports,
         leader,
+        recoveries,
         scrubbers: Mutex::new(scrubbers),
         unopened: Mutex::new(unopened),
         disk_changes: tokio::sync::Mutex::default(),
         expelled: watch::Sender::new(None),
+        obstacle: Mutex::default(),
         stopping,
     });
     tokio::spawn(listener::run(Arc::clone(&node), listener));
@@ -223,6 +233,15 @@ async fn revisit(
     if !identity.join.is_empty() && !config.join.is_empty() {
         identity.join = config.join.iter().map(ToString::to_string).collect();
     }
+    if config.no_disk && !identity.disks.is_empty() {
+        let disks = identity.disks.iter().map(|d| d.path.display().to_string());
+        let disks = disks.collect::<Vec<_>>().join(", ");
+        let text = format!(
+            "--no-disk: this node was created with {disks}; start it without --no-disk. Nothing \
+             was changed"
+        );
+        return Err(text.into());
+    }
     for (path, _) in &config.disks {
         let path = std::path::absolute(path)?;
         if !identity.disks.iter().any(|d| d.path == path) {
@@ -257,7 +276,11 @@ async fn introduce(
         ask_for_cluster(&config.join).await?
     };
     let default = dir.path().join("disk");
-    let wanted = if config.disks.is_empty() { vec![(default, None)] } else { config.disks.clone() };
+    let wanted = match &config.disks[..] {
+        [] if config.no_disk => Vec::new(),
+        [] => vec![(default, None)],
+        given => given.to_vec(),
+    };
     let mut disks = Vec::new();
     for (path, weight) in wanted {
         let path = std::path::absolute(path)?;
@@ -487,6 +510,13 @@ impl Node {
         }
     }
 
+    /// The weight with which a disk was announced.
+    #[must_use]
+    pub fn weight_of(&self, disk: DiskId) -> Option<u64> {
+        let id = disk.to_string();
+        self.identity().disks.iter().find(|d| d.id == id).map(|d| d.weight)
+    }
+
     /// Who it is. Do not hold it across an await.
     pub fn identity(&self) -> MutexGuard<'_, Identity> {
         lock(&self.identity)
@@ -525,102 +555,6 @@ impl Node {
             scrubber.stop();
         }
         self.replica.remove(id)
-    }
-
-    /// Makes this node a member with a new incarnation, trying until it is or stops.
-    pub async fn enter(&self) {
-        let mut stopping = self.stopping.subscribe();
-        tokio::select! {
-            () = self.keep_entering() => {}
-            _ = stopping.wait_for(|stop| *stop) => {}
-        }
-    }
-
-    async fn keep_entering(&self) {
-        if let Ok(incarnation) = random_id() {
-            self.cluster.set_incarnation(incarnation);
-        }
-        let mut last_problem = String::new();
-        loop {
-            let problem = match self.try_enter().await {
-                Ok(()) => return,
-                Err(problem) => problem,
-            };
-            if problem != last_problem {
-                tracing::info!(problem, "cannot enter the cluster yet; trying on");
-                last_problem = problem;
-            }
-            tokio::time::sleep(RETRY).await;
-        }
-    }
-
-    async fn try_enter(&self) -> Result<(), String> {
-        if !self.log.status().is_member(self.cluster.node.0) {
-            self.join().await?;
-        }
-        let command = Command::Enter { node: self.info(), at: now() };
-        let answer = self.log.propose(encode_command(&command)).await;
-        match answer.map(|bytes| decode_answer(&bytes)) {
-            Ok(Ok(_)) => {}
-            Ok(Err(Refusal::NotFounded)) => return self.found().await,
-            Ok(Err(refusal)) => return Err(format!("refused: {refusal}")),
-            Err(error) => return Err(error.to_string()),
-        }
-        let id = self.cluster.node;
-        let incarnation = self.cluster.incarnation();
-        let entered = self
-            .wait_for(Duration::from_secs(10), |state| {
-                state.nodes.get(&id).is_some_and(|n| n.incarnation == incarnation)
-            })
-            .await;
-        if !entered {
-            return Err("the entry is agreed, but this node does not hear of it".into());
-        }
-        let status = self.log.status();
-        let address = self.identity().address.clone();
-        if status.addresses.get(&id.0).is_some_and(|a| *a != address) {
-            let update = self.log.update_address(id.0, address).await;
-            update.map_err(|e| e.to_string())?;
-        }
-        tracing::info!(epoch = %self.cluster.view().epoch, "entered the cluster");
-        Ok(())
-    }
-
-    /// Begins the log of a new cluster; the entry is tried again afterwards.
-    async fn found(&self) -> Result<(), String> {
-        let cluster = self.identity().cluster.parse();
-        let cluster = cluster.map_err(|_| "the cluster id is damaged")?;
-        let answer = self.log.propose(encode_command(&Command::Found { cluster })).await;
-        answer.map_err(|e| e.to_string())?;
-        Err("the cluster is founded, entering it".into())
-    }
-
-    /// Asks a member to take this node into the log.
-    async fn join(&self) -> Result<(), String> {
-        let mut problems = Vec::new();
-        let Identity { join, address, .. } = self.identity().clone();
-        for target in join {
-            let (node, address) = (self.cluster.node, address.clone());
-            match self.client.ask(&target, &NodeRequest::Join { node, address }).await {
-                Ok(NodeReply::Done) => {
-                    let id = node.0;
-                    let mut status = self.log.watch();
-                    let joined = status.wait_for(|s| s.is_member(id));
-                    let joined = tokio::time::timeout(Duration::from_secs(10), joined).await;
-                    if !matches!(joined, Ok(Ok(_))) {
-                        return Err("joined, but the log's leader does not reach this node".into());
-                    }
-                    let joined = self.change_identity(|identity| identity.join.clear());
-                    return joined.map_err(|e| e.to_string());
-                }
-                Ok(_) => problems.push(format!("{target}: an answer that makes no sense")),
-                Err(error) => problems.push(format!("{target}: {error}")),
-            }
-        }
-        if problems.is_empty() {
-            return Err("waiting for the leader of the cluster log".into());
-        }
-        Err(format!("cannot join: {}", problems.join("; ")))
     }
 
     /// Stops cleanly: finishes what is in progress, gives attachments back, tells the cluster.
@@ -664,17 +598,23 @@ impl Node {
     /// Renews this node's own lease, asking the leader of the log.
     pub async fn renew_lease(&self) -> Result<NodeReply, String> {
         let asked_at = boot_time();
-        let request =
-            NodeRequest::Renew { node: self.cluster.node, incarnation: self.cluster.incarnation() };
+        let (id, incarnation) = (self.cluster.node, self.cluster.incarnation());
+        let unreachable = self.peers.reach.lost();
         let status = self.log.status();
         let reply = if status.is_leader {
-            self.leader.renew(self, self.cluster.node, self.cluster.incarnation())
+            self.leader.renew(self, id, incarnation, unreachable)
         } else {
+            let request = NodeRequest::Renew { node: id, incarnation, unreachable };
             let leader = status.leader.ok_or("no leader is known")?;
             let address = status.addresses.get(&leader).ok_or("the leader has no address")?;
             let ask = self.client.ask(address, &request);
             let reply = tokio::time::timeout(crate::cluster::LEASE / 3, ask).await;
-            reply.map_err(|_| "the leader does not answer")?.map_err(|e| e.to_string())?
+            reply.map_err(|_| "the leader does not answer")?.map_err(|error| {
+                if error.is_refused() {
+                    self.peers.note_refused(NodeId(leader));
+                }
+                error.to_string()
+            })?
         };
         if reply == NodeReply::Granted {
             self.cluster.lease.renew(asked_at);

@@ -2,6 +2,7 @@
 
 use crate::cluster::{Cluster, lock};
 use crate::duplex::Duplex;
+use crate::liveness::Reach;
 use crate::replica::Answer;
 use crate::wire::{HELLO_LEN, HELLO_TIMEOUT, Hello, HelloError, Kind};
 use sheepdog_cluster::message::{self, Blocks, Call, FrameError, MAX_FRAME, Reply, Request, Tail};
@@ -11,7 +12,7 @@ use sheepdog_types::{BLOCK_SIZE, ClusterId, DiskId, NodeId, WriterGen};
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak, mpsc};
 use std::thread;
 use std::time::Duration;
@@ -44,6 +45,8 @@ pub struct Peers {
     links: Mutex<HashMap<NodeId, Arc<Link>>>,
     callers: Arc<Mutex<Vec<Weak<dyn Caller>>>>,
     on_refused: Arc<OnRefused>,
+    /// Which nodes cannot be reached.
+    pub reach: Arc<Reach>,
 }
 
 impl Peers {
@@ -56,6 +59,7 @@ impl Peers {
             links: Mutex::default(),
             callers: Arc::default(),
             on_refused: Arc::new(on_refused),
+            reach: Arc::default(),
         })
     }
 
@@ -70,7 +74,7 @@ impl Peers {
     pub fn link(&self, node: NodeId) -> Arc<Link> {
         let mut links = lock(&self.links);
         let link = links.entry(node).or_insert_with(|| {
-            let link = Arc::new(Link::new(node));
+            let link = Arc::new(Link::new(node, Arc::clone(&self.reach)));
             let worker = LinkWorker {
                 link: Arc::clone(&link),
                 cluster: Arc::clone(&self.cluster),
@@ -109,6 +113,17 @@ impl Peers {
         }
     }
 
+    /// The connections with calls that were not answered yet.
+    #[must_use]
+    pub fn awaiting(&self) -> Vec<Arc<Link>> {
+        lock(&self.links).values().filter(|link| link.is_awaiting()).map(Arc::clone).collect()
+    }
+
+    /// A control connection to `node` was refused.
+    pub fn note_refused(&self, node: NodeId) {
+        (self.on_refused)(node);
+    }
+
     /// Closes all connections for good.
     pub fn stop(&self) {
         for link in lock(&self.links).values() {
@@ -143,12 +158,39 @@ pub struct Link {
     calls: Mutex<Calls>,
     changed: Condvar,
     stopped: AtomicBool,
+    /// Counts batches of answers, on all its connections.
+    heard: AtomicU64,
+    reach: Arc<Reach>,
 }
 
 impl Link {
-    fn new(node: NodeId) -> Self {
-        let stopped = AtomicBool::new(false);
-        Self { node, calls: Mutex::default(), changed: Condvar::new(), stopped }
+    fn new(node: NodeId, reach: Arc<Reach>) -> Self {
+        let (stopped, heard) = (AtomicBool::new(false), AtomicU64::new(0));
+        Self { node, calls: Mutex::default(), changed: Condvar::new(), stopped, heard, reach }
+    }
+
+    /// The node at its other end.
+    #[must_use]
+    pub fn node(&self) -> NodeId {
+        self.node
+    }
+
+    /// Grows with each batch of answers.
+    #[must_use]
+    pub fn heard(&self) -> u64 {
+        self.heard.load(Ordering::Relaxed)
+    }
+
+    fn is_awaiting(&self) -> bool {
+        let calls = lock(&self.calls);
+        calls.duplex.is_some() && !calls.pending.is_empty()
+    }
+
+    /// Gives the connection up, if there is one: its calls are lost, and a new one is tried.
+    pub fn give_up(&self) {
+        if let Some(duplex) = &lock(&self.calls).duplex {
+            duplex.stop();
+        }
     }
 
     /// Queues a call; false when there is no connection. [`Link::flush`] sends it.
@@ -165,6 +207,7 @@ impl Link {
         let (crcs, data) = blocks.map_or((&[][..], &[][..]), |b| (b.crcs(), b.bytes()));
         // Under the lock: calls leave in the order in which they were made.
         duplex.queue(|out| message::encode(out, key, call, crcs, data));
+        self.reach.await_answers();
         true
     }
 
@@ -188,9 +231,7 @@ impl Link {
 
     fn stop(&self) {
         self.stopped.store(true, Ordering::Release);
-        if let Some(duplex) = &lock(&self.calls).duplex {
-            duplex.stop();
-        }
+        self.give_up();
         self.changed.notify_all();
     }
 
@@ -214,14 +255,27 @@ impl LinkWorker {
             match self.connect() {
                 Ok(stream) => {
                     pause = FIRST_PAUSE;
+                    self.link.reach.find(self.link.node);
                     self.serve(stream);
                 }
                 Err(error) => {
                     tracing::debug!(node = %self.link.node, %error, "cannot connect");
+                    self.note(&error);
                     pause = (pause * 2).min(LONGEST_PAUSE);
                 }
             }
             self.rest(pause);
+        }
+    }
+
+    /// What a failed try says about the network.
+    fn note(&self, error: &HelloError) {
+        let HelloError::Io(error) = error else { return };
+        match error.kind() {
+            // The host is there; its process is gone, which is told in another way.
+            io::ErrorKind::ConnectionRefused => {}
+            io::ErrorKind::AddrNotAvailable => self.link.reach.find(self.link.node),
+            _ => self.link.reach.lose(self.link.node),
         }
     }
 
@@ -300,6 +354,7 @@ impl LinkWorker {
     /// Hands a batch of answers out.
     fn handle(&self, bytes: &[u8]) -> Result<usize, FrameError> {
         debug_assert!(bytes.len() <= MAX_FRAME);
+        self.link.heard.fetch_add(1, Ordering::Relaxed);
         let mut used = 0;
         let mut touched: Vec<Arc<dyn Caller>> = Vec::new();
         while let Some(frame) = message::decode::<Reply>(&bytes[used..])? {

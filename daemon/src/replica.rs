@@ -3,23 +3,22 @@
 use crate::cluster::{Cluster, lock};
 use crate::peers::Peers;
 use crate::pool::Pool;
-use sheepdog_cluster::message::{Body, Call, Failure, MAX_LISTING, Reject, Reply, Request, Run};
+use sheepdog_cluster::message::{Body, Call, Failure, Reject, Reply, Request};
 use sheepdog_cluster::replica::admit;
-use sheepdog_cluster::view::View;
-use sheepdog_store::{
-    BlockRange, BlockRun, BlockState, BlocksRead, LayerImage, LayerSums, Payload, ReadError, Store,
-    WriteError,
-};
-use sheepdog_types::{BLOCK_SIZE, DiskId, Epoch, LayerKey, SlotId, Version};
-use std::collections::{BTreeMap, HashMap};
+use sheepdog_store::{BlocksRead, Payload, ReadError, Store, WriteError};
+use sheepdog_types::{BLOCK_SIZE, DiskId, LayerKey, Version};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
-use std::time::Duration;
 
-/// Tries of a recovery while the views of the two nodes differ.
-const FETCH_TRIES: usize = 50;
-const FETCH_PAUSE: Duration = Duration::from_millis(20);
+mod copies;
+mod give;
+mod recover;
+#[cfg(test)]
+mod tests;
+
+use copies::Copies;
+pub use recover::{Copy, Moved};
 
 /// A disk of this node.
 #[derive(Debug)]
@@ -61,19 +60,6 @@ impl From<Reject> for Answer {
     }
 }
 
-/// What to copy from where.
-#[derive(Clone, Copy, Debug)]
-pub struct Copy {
-    /// The layer.
-    pub key: LayerKey,
-    /// Its version here.
-    pub expect: Version,
-    /// The disk to copy from.
-    pub from: DiskId,
-    /// The version there; none means that the layer has to go here.
-    pub target: Version,
-}
-
 /// Takes the answer of a call that was not answered at once. Called on any thread.
 pub type Later = Box<dyn FnOnce(Answer) + Send>;
 
@@ -84,9 +70,7 @@ pub struct Replica {
     disks: RwLock<Arc<BTreeMap<DiskId, Arc<Disk>>>>,
     /// Copies from peers: these jobs wait for the network.
     copying: Pool,
-    /// Copies that were asked for and not given up, by disk and layer.
-    copies: Mutex<HashMap<(DiskId, LayerKey), u64>>,
-    copy_count: AtomicU64,
+    copies: Copies,
     /// Reads whole layers and listings for peers: these never wait for the network, so that two
     /// nodes that copy from each other cannot block each other.
     serving: Pool,
@@ -105,8 +89,7 @@ impl Replica {
                 disks.into_iter().map(|disk| (disk.id, Arc::new(disk))).collect(),
             )),
             copying: Pool::new("copy", 2, 256)?,
-            copies: Mutex::default(),
-            copy_count: AtomicU64::new(0),
+            copies: Copies::default(),
             serving: Pool::new("serve", 2, 1024)?,
             peers: Mutex::new(Weak::new()),
         }))
@@ -169,7 +152,7 @@ impl Replica {
             }
             Request::Stat { key } => {
                 // A gateway that asks is about to decide anew what this layer has to be.
-                lock(&self.copies).remove(&(call.disk, *key));
+                self.copies.give_up(call.disk, *key);
                 let version = disk.store.stat(*key).map_or(Version::NONE, |s| s.version);
                 Some(Reply::Version { version }.into())
             }
@@ -186,13 +169,18 @@ impl Replica {
                 None
             }
             Request::Recover { key, .. } => {
-                let ticket = self.copy_count.fetch_add(1, Ordering::Relaxed);
-                lock(&self.copies).insert((call.disk, *key), ticket);
-                self.hand_over(&self.copying, call, ticket, later())
+                let ticket = self.copies.ask(call.disk, *key);
+                let answer = self.hand_over(&self.copying, call, ticket, later());
+                if answer.is_some() {
+                    self.copies.forget(call.disk, *key, ticket);
+                }
+                answer
             }
-            Request::Fetch { .. } | Request::List { .. } => {
-                self.hand_over(&self.serving, call, 0, later())
-            }
+            Request::Fetch { .. }
+            | Request::Sums { .. }
+            | Request::FetchBlocks { .. }
+            | Request::Digests { .. }
+            | Request::List { .. } => self.hand_over(&self.serving, call, 0, later()),
         }
     }
 
@@ -217,114 +205,20 @@ impl Replica {
             Request::Recover { key, expect, from, target } => {
                 let copy = Copy { key: *key, expect: *expect, from: *from, target: *target };
                 let outcome = self.recover(disk, copy, call.epoch, Some(ticket));
-                let mut copies = lock(&self.copies);
-                if copies.get(&(disk.id, *key)) == Some(&ticket) {
-                    copies.remove(&(disk.id, *key));
-                }
+                self.copies.forget(disk.id, *key, ticket);
                 match outcome {
                     Ok(_) => Reply::Done.into(),
                     Err(failure) => failure.into(),
                 }
             }
-            Request::Fetch { key } => fetch(disk, *key),
+            Request::Digests { policy, slots } => {
+                give::digests(disk, &self.cluster.view(), *policy, slots)
+            }
             Request::List { holder, from, to, after } => {
                 let view = self.cluster.view();
-                list(disk, &view, *holder, (*from, *to), *after)
+                give::list(disk, &view, *holder, (*from, *to), *after)
             }
-            _ => Reject::Malformed.into(),
-        }
-    }
-
-    /// Makes a layer equal to another disk's, if it still is at the expected version here and the
-    /// epoch has not ended. A gateway's call has a `ticket` that a later call makes void, and wants
-    /// exactly the target version; without one, a newer version is as good. False when the layer
-    /// moved on meanwhile.
-    ///
-    /// # Errors
-    /// [`Failure`]; the layer is as it was.
-    pub fn recover(
-        &self,
-        disk: &Disk,
-        copy: Copy,
-        epoch: Epoch,
-        ticket: Option<u64>,
-    ) -> Result<bool, Failure> {
-        let exact = ticket.is_some();
-        let Copy { key, expect, from, target } = copy;
-        if from == disk.id {
-            return Err(Failure::Source);
-        }
-        let image = self.fetch_image(key, from, epoch)?;
-        let version = image.sums.version;
-        // Held while the copy is put in place: whoever gives it up waits for that.
-        let copies = lock(&self.copies);
-        let void = ticket.is_some() && copies.get(&(disk.id, key)).copied() != ticket;
-        if void
-            || version < target
-            || (exact && version != target)
-            || !self.cluster.may_serve(&self.cluster.view())
-            || self.cluster.view().epoch != epoch
-        {
-            return Err(Failure::Source);
-        }
-        let expected = (expect != Version::NONE).then_some(expect);
-        let outcome = match expected {
-            Some(expected) if version == Version::NONE => disk.store.delete_at(key, expected),
-            None if version == Version::NONE => Ok(true),
-            expected => disk.store.install(key, expected, &image),
-        };
-        match outcome {
-            Ok(true) => Ok(true),
-            Ok(false) if exact => {
-                let have = disk.store.stat(key).map_or(Version::NONE, |s| s.version);
-                // A repeated call finds its work done.
-                if have == target { Ok(true) } else { Err(Failure::Behind { have }) }
-            }
-            Ok(false) => Ok(false),
-            Err(error) => Err(write_failure(&error)),
-        }
-    }
-
-    fn fetch_image(
-        &self,
-        key: LayerKey,
-        from: DiskId,
-        epoch: Epoch,
-    ) -> Result<LayerImage, Failure> {
-        for _ in 0..FETCH_TRIES {
-            let view = self.cluster.view();
-            if view.epoch != epoch {
-                return Err(Failure::Source);
-            }
-            let node = view.node_of(from).ok_or(Failure::Source)?;
-            let answer = if node == self.cluster.node {
-                let source = self.disk(from).ok_or(Failure::Source)?;
-                fetch(&source, key)
-            } else {
-                let peers = lock(&self.peers).upgrade().ok_or(Failure::Source)?;
-                let request = Request::Fetch { key };
-                peers.ask(&view, from, request).map_err(|_| Failure::Source)?
-            };
-            match answer.reply {
-                Reply::Image { version, runs } => {
-                    return image(version, &runs, answer.crcs, answer.data).ok_or(Failure::Source);
-                }
-                Reply::Rejected(_) | Reply::Failed(Failure::Busy) => {
-                    self.wait_for_view(view.revision);
-                }
-                reply => {
-                    tracing::warn!(%key, disk = %from, ?reply, "cannot copy from this replica");
-                    return Err(Failure::Source);
-                }
-            }
-        }
-        Err(Failure::Source)
-    }
-
-    /// The two ends are in different epochs: one of them is about to hear of the newer.
-    fn wait_for_view(&self, revision: u64) {
-        if self.cluster.view().revision == revision {
-            std::thread::sleep(FETCH_PAUSE);
+            request => give::layer(disk, request),
         }
     }
 }
@@ -402,59 +296,4 @@ fn read_failure(disk: DiskId, key: LayerKey, error: &ReadError) -> Failure {
         ReadError::Checksum { block, .. } => Failure::Checksum { block: *block },
         ReadError::Io { .. } | ReadError::Invalid(_) => Failure::Disk,
     }
-}
-
-fn fetch(disk: &Disk, key: LayerKey) -> Answer {
-    match disk.store.image(key) {
-        Ok(Some(image)) => {
-            let runs = image.sums.runs.iter().map(|run| Run {
-                first: run.range.first(),
-                count: run.range.count(),
-                zero: run.state == BlockState::Zero,
-            });
-            let reply = Reply::Image { version: image.sums.version, runs: runs.collect() };
-            Answer { reply, crcs: image.sums.crcs, data: image.data }
-        }
-        Ok(None) => Reply::Image { version: Version::NONE, runs: Vec::new() }.into(),
-        Err(error) => read_failure(disk.id, key, &error).into(),
-    }
-}
-
-fn image(version: Version, runs: &[Run], crcs: Vec<u32>, data: Vec<u8>) -> Option<LayerImage> {
-    let run = |r: &Run| {
-        let range = BlockRange::new(r.first, usize::from(r.count))?;
-        let state = if r.zero { BlockState::Zero } else { BlockState::Data };
-        Some(BlockRun { range, state })
-    };
-    let runs = runs.iter().map(run).collect::<Option<Vec<_>>>()?;
-    Some(LayerImage { sums: LayerSums { version, runs, crcs }, data })
-}
-
-/// The layers of `disk` in a window of slots that `holder` has to have too.
-fn list(
-    disk: &Disk,
-    view: &View,
-    holder: DiskId,
-    (from, to): (SlotId, SlotId),
-    after: Option<LayerKey>,
-) -> Answer {
-    let mut layers = Vec::new();
-    for slot in from.0..=to.0 {
-        let mut stats = disk.store.list(SlotId(slot));
-        stats.sort_unstable_by_key(|s| s.key);
-        for stat in stats {
-            let is_new = slot != from.0 || after.is_none_or(|key| stat.key > key);
-            let wanted = view
-                .volumes
-                .get(&stat.key.object.volume)
-                .is_some_and(|v| view.is_member(SlotId(slot), usize::from(v.spec.copies), holder));
-            if is_new && wanted {
-                if layers.len() == MAX_LISTING {
-                    return Reply::Listing { layers, more: true }.into();
-                }
-                layers.push((stat.key, stat.version));
-            }
-        }
-    }
-    Reply::Listing { layers, more: false }.into()
 }

@@ -2,14 +2,16 @@
 
 use crate::cluster::LEASE;
 use crate::control::{NodeReply, NodeRequest};
+use crate::liveness::{self, survey};
 use crate::node::{Node, StartError};
-use crate::{admin, membership, resync};
+use crate::{admin, membership, recovery};
 use sheepdog_log::ClusterLog;
 use sheepdog_types::{NodeId, VolumeId};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
 const RENEW_EVERY: Duration = Duration::from_millis(400);
@@ -26,10 +28,12 @@ const EXPORT_RETRY: Duration = Duration::from_millis(500);
 pub fn spawn_all(node: &Arc<Node>, refusals: mpsc::Receiver<NodeId>) -> Result<(), StartError> {
     until_stop(node, keep_lease);
     until_stop(node, tend);
+    until_stop(node, survey::judge);
+    until_stop(node, liveness::watch_links);
     until_stop(node, tick);
     until_stop(node, follow_views);
     until_stop(node, resume_exports);
-    until_stop(node, resync::run);
+    until_stop(node, recovery::run);
     until_stop(node, membership::lead);
     until_stop(node, membership::tend);
     until_stop(node, |node| report_refusals(node, refusals));
@@ -37,7 +41,7 @@ pub fn spawn_all(node: &Arc<Node>, refusals: mpsc::Receiver<NodeId>) -> Result<(
 }
 
 /// Runs a task until the node stops.
-fn until_stop<F>(node: &Arc<Node>, task: impl FnOnce(Arc<Node>) -> F)
+pub fn until_stop<F>(node: &Arc<Node>, task: impl FnOnce(Arc<Node>) -> F)
 where
     F: Future<Output = ()> + Send + 'static,
 {
@@ -61,8 +65,17 @@ async fn keep_lease(node: Arc<Node>) {
                 node.enter().await;
                 continue;
             }
+            Ok(NodeReply::Yield(reason)) => {
+                tracing::warn!(reason, "this node has to leave the cluster; trying to enter again");
+                node.leave().await;
+                node.enter().await;
+                continue;
+            }
             Ok(NodeReply::Granted) => {
-                sleep(RENEW_EVERY).await;
+                tokio::select! {
+                    () = sleep(RENEW_EVERY) => {}
+                    () = node.peers.reach.changed() => {}
+                }
                 continue;
             }
             Ok(_) => {}
@@ -107,6 +120,7 @@ async fn follow_views(node: Arc<Node>) {
     loop {
         changes.borrow_and_update();
         let view = node.cluster.view();
+        node.leader.observe(&node, &view);
         if view.epoch != last_epoch {
             let state = node.cluster.state();
             let cause = state.history.last().map_or_else(String::new, |r| r.cause.clone());
@@ -197,18 +211,39 @@ async fn report_refusals(node: Arc<Node>, mut refusals: mpsc::Receiver<NodeId>) 
             if !node.cluster.view().nodes.get(&suspect).is_some_and(|n| n.up) {
                 continue;
             }
-            let status = node.log.status();
-            if status.is_leader {
-                node.leader.probe(&node, suspect).await;
-            } else if status.leader == Some(suspect.0) {
-                if refuses(&node, suspect).await {
-                    node.log.leader_died(suspect.0).await;
-                }
-            } else if let Some(address) = status.leader.and_then(|l| status.addresses.get(&l)) {
-                let report = NodeRequest::Refused { node: suspect };
-                let ask = node.client.ask(address, &report);
-                let _ = tokio::time::timeout(LEASE, ask).await; // the lease covers a lost report
-            }
+            look_at_refusing(&node, suspect).await;
+            tell_of_refusing(&node, suspect).await;
         }
     }
+}
+
+/// A node's port is said to refuse connections: finds out, and does what follows from it here.
+pub async fn look_at_refusing(node: &Node, suspect: NodeId) {
+    let status = node.log.status();
+    if status.is_leader {
+        node.leader.probe(node, suspect).await;
+    } else if status.leader == Some(suspect.0) && refuses(node, suspect).await {
+        node.log.leader_died(suspect.0).await;
+    }
+}
+
+/// Tells those who can do something about it: the leader, or the voters when it is the leader.
+async fn tell_of_refusing(node: &Node, suspect: NodeId) {
+    let status = node.log.status();
+    let voters = status.voters.iter().filter(|voter| **voter != suspect.0);
+    let told: Vec<u64> = match status.leader {
+        Some(leader) if leader == suspect.0 => voters.copied().collect(),
+        leader => leader.into_iter().collect(),
+    };
+    let mut reports = JoinSet::new();
+    for id in told.into_iter().filter(|id| *id != node.cluster.node.0) {
+        let Some(address) = status.addresses.get(&id).cloned() else { continue };
+        let client = Arc::clone(&node.client);
+        reports.spawn(async move {
+            let report = NodeRequest::Refused { node: suspect };
+            let ask = client.ask(&address, &report);
+            let _ = tokio::time::timeout(LEASE, ask).await; // the lease covers a lost report
+        });
+    }
+    reports.join_all().await;
 }

@@ -13,7 +13,7 @@ use sheepdog_types::{Block, BlockInfo, Burst, Completion, NodeId, Request, Token
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 enum Event {
     Answer(u64, Answer),
@@ -32,6 +32,9 @@ struct Inner {
     /// Requests that came while this node had no right to serve (I8): the gateway answers some
     /// reads from what it knows, which others may have changed by then. Bounded by the front ends.
     held: Vec<Request>,
+    /// Requests that guests wait for, and when that was last accounted for.
+    in_progress: u64,
+    accounted: Instant,
 }
 
 /// An attached volume. See the [module](self).
@@ -74,6 +77,8 @@ impl VolumeDevice {
             unsent: Vec::new(),
             done: Vec::new(),
             held: Vec::new(),
+            in_progress: 0,
+            accounted: Instant::now(),
         };
         let device = Arc::new_cyclic(|this| Self {
             name: name.into(),
@@ -191,6 +196,9 @@ impl VolumeDevice {
         let calm = (inner.gateway.is_idle() && inner.held.is_empty())
             || inner.gateway.phase() == Phase::Fenced;
         let done = std::mem::take(&mut inner.done);
+        if !done.is_empty() {
+            self.account(&mut inner, 0, done.len() as u64);
+        }
         let unsent = std::mem::take(&mut inner.unsent);
         drop(inner);
         for link in unsent {
@@ -210,6 +218,15 @@ impl VolumeDevice {
             drop(lock(&self.calm_lock));
             self.calm.notify_all();
         }
+    }
+
+    /// Tells how long the requests in progress have been so, before some begin or end.
+    fn account(&self, inner: &mut Inner, begun: u64, ended: u64) {
+        let now = Instant::now();
+        let time = now.saturating_duration_since(inner.accounted);
+        self.cluster.clients.note(inner.in_progress, time, ended);
+        inner.in_progress = (inner.in_progress + begun).saturating_sub(ended);
+        inner.accounted = now;
     }
 
     fn feed(&self, gateway: &mut Gateway, event: Event) {
@@ -314,6 +331,7 @@ impl Block for VolumeDevice {
 
     fn submit(&self, batch: &mut Vec<Request>) {
         let mut inner = lock(&self.inner);
+        self.account(&mut inner, batch.len() as u64, 0);
         inner.held.append(batch);
         self.work(inner);
         self.pump_events();

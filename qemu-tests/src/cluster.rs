@@ -1,14 +1,16 @@
 //! Clusters of real `sheep` processes on 127.0.0.1, and `dog` to talk to them.
 
-use crate::{Client, Disk, Lab, PATIENCE, Process, binary, eventually, run};
+use crate::{Client, Disk, Lab, Net, PATIENCE, Process, binary, eventually, run};
 use rustix::process::Signal;
 use serde_json::Value;
 use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::ExitStatus;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 struct Node {
+    ip: String,
     port: u16,
     dir: PathBuf,
     log: PathBuf,
@@ -21,6 +23,8 @@ struct Node {
 pub struct Cluster {
     nodes: Vec<Node>,
     sockets: PathBuf,
+    /// Each node on the host of the same index; without it all are on 127.0.0.1.
+    net: Option<Arc<Net>>,
 }
 
 /// A command that was refused.
@@ -75,12 +79,27 @@ impl Export {
 impl Cluster {
     /// Starts `count` nodes, the others joining the first, and waits until all are one healthy cluster.
     pub fn start(lab: &Lab, count: usize) -> Self {
-        let mut cluster = Self { nodes: Vec::new(), sockets: lab.path("") };
+        let mut cluster = Self::empty(lab, None);
         for _ in 0..count {
             cluster.add_node(lab);
         }
         cluster.wait_healthy();
         cluster
+    }
+
+    /// As [`Cluster::start`], a node on each host.
+    pub fn start_on(lab: &Lab, net: &Arc<Net>) -> Self {
+        let mut cluster = Self::empty(lab, Some(net));
+        for _ in 0..net.hosts() {
+            cluster.add_node(lab);
+        }
+        cluster.wait_healthy();
+        cluster
+    }
+
+    /// No nodes yet.
+    pub fn empty(lab: &Lab, net: Option<&Arc<Net>>) -> Self {
+        Self { nodes: Vec::new(), sockets: lab.path(""), net: net.map(Arc::clone) }
     }
 
     /// Starts one more node and waits for its port; returns its index.
@@ -92,11 +111,15 @@ impl Cluster {
     pub fn add_node_with(&mut self, lab: &Lab, args: &[&str]) -> usize {
         let index = self.nodes.len();
         let name = format!("node{index}");
-        let [port] = free_ports();
-        let args = args.iter().map(|arg| (*arg).to_owned()).collect();
+        let mut args: Vec<_> = args.iter().map(|arg| (*arg).to_owned()).collect();
+        let (ip, port) = match &self.net {
+            None => ("127.0.0.1".to_owned(), free_ports::<1>()[0]),
+            Some(net) => (net.ip(index), 7000),
+        };
+        args.extend(self.net.is_some().then(|| "--insecure".to_owned()));
         let (dir, log) = (lab.path(&name), lab.log(&name));
         let join = self.running().next().map(|member| self.address(member));
-        self.nodes.push(Node { port, dir, log, args, process: None });
+        self.nodes.push(Node { ip, port, dir, log, args, process: None });
         self.launch(index, join);
         self.wait_listening(index);
         index
@@ -117,25 +140,36 @@ impl Cluster {
     }
 
     fn launch(&mut self, index: usize, join: Option<String>) {
+        let (program, mut args) = self.on_host(index, binary("sheep"));
         let node = &mut self.nodes[index];
         assert!(node.process.is_none(), "node {index} runs already");
-        let mut args = vec!["--dir".to_owned(), node.dir.display().to_string()];
-        args.extend(["--listen".into(), format!("127.0.0.1:{}", node.port)]);
+        args.extend(["--dir".to_owned(), node.dir.display().to_string()]);
+        args.extend(["--listen".into(), format!("{}:{}", node.ip, node.port)]);
         args.extend(node.args.iter().cloned());
         if let Some(join) = join {
             args.extend(["--join".into(), join]);
         }
-        node.process = Some(Process::start(&binary("sheep"), args, &node.log, None));
+        node.process = Some(Process::start(&program, args, &node.log, None));
+    }
+
+    /// How to start a program on the host of a node.
+    fn on_host(&self, index: usize, program: PathBuf) -> (PathBuf, Vec<String>) {
+        let Some(net) = &self.net else { return (program, Vec::new()) };
+        let network = format!("--net={}", net.path(index).display());
+        ("nsenter".into(), vec![network, "--".into(), program.display().to_string()])
     }
 
     /// Waits until the node accepts connections.
     pub fn wait_listening(&mut self, index: usize) {
+        let address = self.address(index);
+        let net = self.net.clone();
+        let connects = || TcpStream::connect(&address).is_ok();
         let node = &mut self.nodes[index];
-        let address = ("127.0.0.1", node.port);
         eventually(&format!("node {index} to listen"), PATIENCE, || {
             let ended = node.process.as_mut().and_then(Process::ended);
             assert!(ended.is_none(), "node {index} ended: {ended:?}");
-            TcpStream::connect(address).ok().map(drop)
+            let listens = net.as_ref().map_or_else(connects, |net| net.within(index, connects));
+            listens.then_some(())
         });
     }
 
@@ -149,9 +183,9 @@ impl Cluster {
         self.nodes.is_empty()
     }
 
-    /// `127.0.0.1:PORT` of a node.
+    /// `IP:PORT` of a node.
     pub fn address(&self, index: usize) -> String {
-        format!("127.0.0.1:{}", self.nodes[index].port)
+        format!("{}:{}", self.nodes[index].ip, self.nodes[index].port)
     }
 
     /// The directory of a node.
@@ -219,6 +253,12 @@ impl Cluster {
         self.launch(index, None);
     }
 
+    /// Everything that a node's daemons have logged so far.
+    pub fn log_text(&self, index: usize) -> String {
+        let bytes = std::fs::read(&self.nodes[index].log).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
     /// Starts a node again on its directory and waits for its port.
     pub fn restart(&mut self, index: usize) {
         self.launch(index, None);
@@ -236,9 +276,10 @@ impl Cluster {
     /// `dog --node N --json ARGS`: the JSON it printed, or how it failed.
     pub fn try_dog(&self, index: usize, args: &[&str]) -> Result<Value, Failure> {
         let address = self.address(index);
-        let mut all = vec!["--node", &address, "--json"];
-        all.extend(args);
-        let done = run(binary("dog"), &all, PATIENCE);
+        let (program, mut all) = self.on_host(index, binary("dog"));
+        all.extend(["--node", &address, "--json"].map(str::to_owned));
+        all.extend(args.iter().map(|arg| (*arg).to_owned()));
+        let done = run(program, &all, PATIENCE);
         if done.code != Some(0) {
             let code = done.code.unwrap_or_else(|| panic!("dog {args:?} died: {}", done.stderr));
             return Err(Failure { code, message: done.stderr });

@@ -12,7 +12,9 @@ mod filesystem;
 mod guest;
 mod lab;
 mod nbd;
+mod netns;
 mod process;
+mod pulse;
 mod scribe;
 mod tools;
 
@@ -21,7 +23,9 @@ pub use filesystem::{FileSystem, inside};
 pub use guest::{Disk, Guest, GuestResult};
 pub use lab::Lab;
 pub use nbd::{Client, Command, NbdError};
+pub use netns::Net;
 pub use process::{Finished, Process, run};
+pub use pulse::Pulse;
 pub use scribe::Scribe;
 pub use tools::{Fio, FioResult, StorageDaemon, qemu_img, qemu_io, try_qemu_io};
 

@@ -96,7 +96,9 @@ fn node_reasons(node: &Node, view: &View, disks: &[DiskHealth]) -> Vec<String> {
         ));
     }
     if !node.cluster.has_entered(view) {
-        reasons.push("this node has not entered the cluster yet".into());
+        let obstacle = node.obstacle();
+        let colon = if obstacle.is_empty() { "" } else { ": " };
+        reasons.push(format!("this node has not entered the cluster yet{colon}{obstacle}"));
     } else if !node.cluster.lease.is_held() {
         reasons.push("this node has no lease: the log's leader does not hear of it".into());
     }
@@ -219,12 +221,12 @@ fn slot_state(
             let complete = home.len() == copies && home.iter().all(good);
             (if complete { SlotState::Complete } else { SlotState::Degraded }, None)
         }
-        Err(waiting) => (SlotState::Waiting, Some(waiting_text(view, &waiting, min_copies))),
+        Err(waiting) => (SlotState::Waiting, Some(waiting_text(view, &waiting, Some(min_copies)))),
     }
 }
 
-/// Why a slot waits, and for whom, for people.
-pub fn waiting_text(view: &View, waiting: &Waiting, min_copies: usize) -> String {
+/// Why a slot waits, and for whom, for people. It needs so many copies.
+pub fn waiting_text(view: &View, waiting: &Waiting, needed: Option<usize>) -> String {
     let names = |disks: &[DiskId]| {
         let mut addresses: Vec<&str> = disks
             .iter()
@@ -236,10 +238,10 @@ pub fn waiting_text(view: &View, waiting: &Waiting, min_copies: usize) -> String
         addresses.join(", ")
     };
     match waiting {
-        Waiting::TooFew { up, down } => format!(
-            "have {up} of at least {min_copies} copies up and wait for one of: {}",
-            names(down)
-        ),
+        Waiting::TooFew { up, down } => {
+            let needed = needed.map_or_else(String::new, |n| format!(" of at least {n}"));
+            format!("have {up}{needed} copies up and wait for one of: {}", names(down))
+        }
         Waiting::For(disks) => format!("wait for the newest data, which is on: {}", names(disks)),
         Waiting::Forgotten => "wait: too long ago to tell who has the newest data".into(),
     }

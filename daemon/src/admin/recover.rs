@@ -116,9 +116,10 @@ fn foresee(
         let mut of_policy = Vec::with_capacity(SLOTS);
         for slot in (0..=u16::MAX).map(SlotId) {
             if let Err(why) = view.slot(slot, copies, min) {
-                *waiting.entry(waiting_text(view, &why, min)).or_insert(0) += 1;
+                *waiting.entry(waiting_text(view, &why, Some(min))).or_insert(0) += 1;
             }
-            if then.slot(slot, copies, min).is_err() {
+            // Where it is known what there is, others take over; that takes its time.
+            if view.slot(slot, copies, min).is_err() && then.sources(slot, copies, min).is_err() {
                 still_waiting.insert(slot);
             }
             of_policy.push(fate(view, &then, slot, copies, min));

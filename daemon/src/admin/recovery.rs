@@ -1,10 +1,13 @@
 //! How far the background recovery of the whole cluster is.
 
+use super::health::waiting_text;
 use super::stats::ask_all;
 use crate::api::{NodeRecovery, Recovery, RecoveryInfo, RecoveryState};
 use crate::control::{NodeReply, NodeRequest};
 use crate::node::Node;
-use sheepdog_types::SLOTS;
+use crate::recovery::DiskProgress;
+use sheepdog_cluster::recovery::Stage;
+use sheepdog_cluster::view::View;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,22 +18,41 @@ const TIMEOUT: Duration = Duration::from_secs(1);
 #[must_use]
 pub fn local_recovery(node: &Node) -> Vec<RecoveryInfo> {
     let view = node.cluster.view();
-    let progress = |disk: Arc<crate::replica::Disk>| {
-        let wants = view.disks.get(&disk.id).is_some_and(|d| d.up && d.sync_from.is_some());
-        RecoveryInfo {
-            disk: disk.id.to_string(),
-            state: if wants { RecoveryState::Comparing } else { RecoveryState::Idle },
-            slots_total: SLOTS as u64,
-            slots_done: if wants { 0 } else { SLOTS as u64 },
-            objects_copied: 0,
-            objects_planned: 0,
-            bytes_moved: 0,
-            bytes_per_second: 0,
-            eta_seconds: None,
-            waits_for: None,
-        }
+    node.recoveries.progress().into_iter().map(|progress| describe(&view, progress)).collect()
+}
+
+fn describe(view: &View, of: DiskProgress) -> RecoveryInfo {
+    let DiskProgress { disk, progress, moved, bytes_per_second, eta_seconds, full } = of;
+    let wants = view.disks.get(&disk).is_some_and(|d| d.up && d.sync_from.is_some());
+    let state = match progress.stage {
+        // A check of a complete disk keeps nobody waiting.
+        _ if full => RecoveryState::Waiting,
+        _ if progress.check && !wants => RecoveryState::Idle,
+        _ if wants && progress.paused => RecoveryState::Paused,
+        Stage::Idle if wants => RecoveryState::Waiting,
+        Stage::Idle => RecoveryState::Idle,
+        Stage::Comparing => RecoveryState::Comparing,
+        Stage::Copying | Stage::Cleaning | Stage::Finishing => RecoveryState::Copying,
+        Stage::Waiting => RecoveryState::Waiting,
     };
-    node.replica.disks().into_iter().map(progress).collect()
+    let waits_for = match &progress.blocked {
+        _ if full => Some("room on the disk".into()),
+        Some((slots, why)) => Some(format!("{slots} slots {}", waiting_text(view, why, None))),
+        None if state == RecoveryState::Waiting => progress.problem.map(|p| p.to_string()),
+        None => None,
+    };
+    RecoveryInfo {
+        disk: disk.to_string(),
+        state,
+        slots_total: progress.slots_total,
+        slots_done: progress.slots_done,
+        objects_copied: progress.layers_done,
+        objects_planned: progress.layers_done + progress.layers_left,
+        bytes_moved: moved.bytes,
+        bytes_per_second,
+        eta_seconds,
+        waits_for,
+    }
 }
 
 /// The background recovery of all up nodes.

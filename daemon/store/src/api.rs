@@ -126,6 +126,24 @@ impl BlockRange {
         self.count
     }
 
+    /// `blocks`, which ascend, in as few ranges as there can be.
+    #[must_use]
+    pub fn of_blocks(blocks: impl IntoIterator<Item = u16>) -> Vec<Self> {
+        let mut ranges: Vec<Self> = Vec::new();
+        for block in blocks {
+            match ranges.last_mut() {
+                Some(last) if last.end() == block => last.count += 1,
+                _ => ranges.extend(Self::new(block, 1)),
+            }
+        }
+        ranges
+    }
+
+    /// The blocks.
+    pub fn blocks(self) -> impl ExactSizeIterator<Item = u16> {
+        self.first..self.end()
+    }
+
     /// The block after the last one.
     #[must_use]
     pub fn end(self) -> u16 {
@@ -230,6 +248,37 @@ pub struct LayerImage {
     /// Version, states and checksums.
     pub sums: LayerSums,
     /// The data blocks, in ascending order of blocks.
+    pub data: Vec<u8>,
+}
+
+/// What makes another layer of one that is stored: all that the layer is afterwards, and the bytes
+/// of the blocks that are not stored yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LayerPatch {
+    /// Version, states and checksums afterwards, of all blocks. Data blocks that are not given must
+    /// be stored with just these checksums.
+    pub sums: LayerSums,
+    /// The data blocks that are given, in ascending order.
+    pub blocks: Vec<BlockRange>,
+    /// Their bytes.
+    pub data: Vec<u8>,
+}
+
+/// How a stored layer differs from another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LayerDifference {
+    /// Version of the stored layer.
+    pub version: Version,
+    /// Data blocks of the other one that are not stored, or are known to be damaged; ascending.
+    pub blocks: Vec<BlockRange>,
+}
+
+/// Some data blocks of a layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LayerPart {
+    /// CRC-32C of each.
+    pub crcs: Vec<u32>,
+    /// The blocks.
     pub data: Vec<u8>,
 }
 

@@ -1,8 +1,10 @@
 //! Checks of what callers hand in, before any lock is taken.
 
+use std::collections::BTreeMap;
+
 use sheepdog_types::{BLOCK_SIZE, Version};
 
-use crate::api::{BlockRange, BlockState, LayerImage, Payload};
+use crate::api::{BlockRange, BlockState, LayerImage, LayerPatch, LayerSums, Payload};
 use crate::error::WriteError;
 use crate::states::States;
 
@@ -37,32 +39,72 @@ pub(crate) fn first_mismatch(bytes: &[u8], crcs: &[u32]) -> Option<usize> {
     bytes.chunks_exact(BLOCK_SIZE).zip(crcs).position(|(block, &crc)| crc32c::crc32c(block) != crc)
 }
 
+/// What a layer is by its sums.
+pub(crate) struct Picture {
+    pub(crate) states: States,
+    /// The data blocks, ascending, and their checksums.
+    pub(crate) blocks: Vec<(u16, u32)>,
+}
+
+impl Picture {
+    /// Checks that sums are consistent in themselves.
+    pub(crate) fn of(sums: &LayerSums) -> Result<Self, WriteError> {
+        if sums.version == Version::NONE {
+            return Err(WriteError::Invalid("a layer without a version"));
+        }
+        let mut end = 0;
+        let mut states = States::default();
+        for run in &sums.runs {
+            if run.range.first() < end {
+                return Err(WriteError::Invalid("the layer's runs overlap or are out of order"));
+            }
+            end = run.range.end();
+            run.range.blocks().for_each(|block| states.set(block, run.state));
+        }
+        if usize::from(states.data_blocks()) != sums.crcs.len() {
+            return Err(WriteError::Invalid("the layer's runs and checksums do not agree"));
+        }
+        let blocks = states.blocks(BlockState::Data).zip(sums.crcs.iter().copied()).collect();
+        Ok(Self { states, blocks })
+    }
+}
+
 /// Checks that an image is consistent in itself and undamaged; gives its block states.
 pub(crate) fn image(image: &LayerImage) -> Result<States, WriteError> {
-    let sums = &image.sums;
-    if sums.version == Version::NONE {
-        return Err(WriteError::Invalid("an image without a version"));
+    let picture = Picture::of(&image.sums)?;
+    if picture.blocks.len() * BLOCK_SIZE != image.data.len() {
+        return Err(WriteError::Invalid("the image's checksums and data do not agree"));
     }
-    let mut end = 0;
-    let mut states = States::default();
-    let mut blocks = Vec::with_capacity(sums.crcs.len().min(sheepdog_types::BLOCKS_PER_OBJECT));
-    for run in &sums.runs {
-        if run.range.first() < end {
-            return Err(WriteError::Invalid("the image's runs overlap or are out of order"));
+    match first_mismatch(&image.data, &image.sums.crcs) {
+        Some(at) => Err(WriteError::Checksum { block: picture.blocks[at].0 }),
+        None => Ok(picture.states),
+    }
+}
+
+/// Checks that a patch is consistent in itself and undamaged; gives what the layer is afterwards,
+/// and the checksum of each block that is given.
+pub(crate) fn patch(patch: &LayerPatch) -> Result<(Picture, BTreeMap<u16, u32>), WriteError> {
+    let picture = Picture::of(&patch.sums)?;
+    if patch.blocks.windows(2).any(|pair| pair[0].end() > pair[1].first()) {
+        return Err(WriteError::Invalid("the patch's blocks overlap or are out of order"));
+    }
+    let mut given = BTreeMap::new();
+    let mut bytes = patch.data.chunks_exact(BLOCK_SIZE);
+    for block in patch.blocks.iter().flat_map(|range| range.blocks()) {
+        let at = picture.blocks.binary_search_by_key(&block, |(block, _)| *block);
+        let (Ok(at), Some(bytes)) = (at, bytes.next()) else {
+            return Err(WriteError::Invalid("the patch's blocks and data do not agree"));
+        };
+        let crc = picture.blocks[at].1;
+        if crc32c::crc32c(bytes) != crc {
+            return Err(WriteError::Checksum { block });
         }
-        end = run.range.end();
-        (run.range.first()..end).for_each(|block| states.set(block, run.state));
-        if run.state == BlockState::Data {
-            blocks.extend(run.range.first()..end);
-        }
+        given.insert(block, crc);
     }
-    if blocks.len() != sums.crcs.len() || blocks.len() * BLOCK_SIZE != image.data.len() {
-        return Err(WriteError::Invalid("the image's runs, checksums and data do not agree"));
+    if given.len() * BLOCK_SIZE != patch.data.len() {
+        return Err(WriteError::Invalid("the patch's blocks and data do not agree"));
     }
-    match first_mismatch(&image.data, &sums.crcs) {
-        Some(at) => Err(WriteError::Checksum { block: blocks[at] }),
-        None => Ok(states),
-    }
+    Ok((picture, given))
 }
 
 /// `crcs` as bytes, in `small` if they fit.

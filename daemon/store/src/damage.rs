@@ -46,6 +46,15 @@ impl Damage {
         self.any.store(!known.is_empty(), Relaxed);
     }
 
+    /// Known damaged blocks of a layer, ascending.
+    pub(crate) fn of(&self, key: LayerKey) -> Vec<u16> {
+        if !self.any.load(Relaxed) {
+            return Vec::new();
+        }
+        let known = lock(&self.known);
+        known.range((key, 0)..=(key, u16::MAX)).map(|(_, block)| *block).collect()
+    }
+
     /// Blocks found damaged since the store was opened.
     pub(crate) fn found(&self) -> u64 {
         self.found.load(Relaxed)

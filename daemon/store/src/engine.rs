@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::io::Errno;
-use sheepdog_types::{BLOCK_SIZE, Layer, LayerKey, ObjectId, SlotId, Version, VolumeId};
+use sheepdog_types::{BLOCK_SIZE, LayerKey, SlotId, Version, VolumeId};
 
 use crate::api::{
     Applied, BlockRange, BlockState, LayerImage, LayerStat, Options, Payload, StoreIds, Usage,
@@ -21,7 +21,7 @@ use crate::layer::{Entry, LayerState, Place, SlabRef};
 use crate::log::{LogState, Ring};
 use crate::medium::{Medium, VFile};
 use crate::states::States;
-use crate::table::{Sums, Table};
+use crate::table::Table;
 
 /// Locks, also after a panic elsewhere: every holder keeps the structure valid at each step.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -84,14 +84,14 @@ pub(crate) struct Engine {
 
 /// What a record needs.
 #[derive(Clone, Copy)]
-struct Need {
-    len: u64,
-    blocks: u64,
-    privileged: bool,
+pub(crate) struct Need {
+    pub(crate) len: u64,
+    pub(crate) blocks: u64,
+    pub(crate) privileged: bool,
 }
 
 impl Need {
-    fn of(header: &Header, blocks: u32) -> Self {
+    pub(crate) fn of(header: &Header, blocks: u32) -> Self {
         let privileged = matches!(header.kind, Kind::Clear | Kind::Delete | Kind::DeleteVolume);
         Self { len: header.record_len(), blocks: u64::from(blocks), privileged }
     }
@@ -171,7 +171,7 @@ impl Engine {
         Ok(Some(()))
     }
 
-    fn check_space(&self, more: u64) -> Result<(), WriteError> {
+    pub(crate) fn check_space(&self, more: u64) -> Result<(), WriteError> {
         let fits = || more == 0 || self.table.used.load(SeqCst) + more <= self.limit.load(SeqCst);
         if fits() {
             return Ok(());
@@ -185,7 +185,7 @@ impl Engine {
 
     /// The log, locked, with room for what is needed, after `check` said yes under that lock.
     /// Waits for a checkpoint if the log is full: that is the back-pressure on writers.
-    fn lock_with_room(
+    pub(crate) fn lock_with_room(
         &self,
         need: Need,
         check: impl Fn() -> Result<Option<()>, WriteError>,
@@ -228,7 +228,8 @@ impl Engine {
                 return Ok(slab);
             }
             let room = log.slabs.room.checked_add(GROW_SLABS).ok_or(WriteError::NoSpace)?;
-            self.grow(log, room).map_err(|error| self.no_space_or_failed(&error))?;
+            let what = "cannot extend the store's tables";
+            self.grow(log, room).map_err(|error| self.no_space_or_failed(what, &error))?;
         }
     }
 
@@ -240,10 +241,10 @@ impl Engine {
         Ok(())
     }
 
-    fn no_space_or_failed(&self, error: &io::Error) -> WriteError {
+    fn no_space_or_failed(&self, what: &str, error: &io::Error) -> WriteError {
         match Errno::from_io_error(error) {
             Some(Errno::NOSPC) => WriteError::NoSpace,
-            _ => WriteError::Failed(self.fail("cannot extend the store's tables", error)),
+            _ => WriteError::Failed(self.fail(what, error)),
         }
     }
 
@@ -301,7 +302,7 @@ impl Engine {
         }
     }
 
-    fn append(
+    pub(crate) fn append(
         &self,
         log: &mut LogState,
         header: &mut Header,
@@ -309,12 +310,8 @@ impl Engine {
         data: &[u8],
     ) -> Result<(), WriteError> {
         let durable = self.durable.load(SeqCst);
-        log.append(&self.ring, durable, header, tables, data).map_err(|error| {
-            if Errno::from_io_error(&error) == Some(Errno::NOSPC) {
-                return WriteError::NoSpace;
-            }
-            WriteError::Failed(self.fail("cannot write the log", &error))
-        })
+        let appended = log.append(&self.ring, durable, header, tables, data);
+        appended.map_err(|error| self.no_space_or_failed("cannot write the log", &error))
     }
 
     /// Puts the store out of service for writes.
@@ -392,15 +389,13 @@ impl Engine {
         self.damage.heal(key, 0, u16::MAX);
     }
 
-    /// Deletes all layers of a volume from memory and gives their number; also used by replay.
-    pub(crate) fn apply_delete_volume(&self, log: &mut LogState, volume: VolumeId) -> usize {
-        let keys = self.table.keys_of(volume);
+    /// Deletes all layers of a volume, which these are, from memory; also used by replay.
+    pub(crate) fn apply_delete_volume(&self, log: &mut LogState, keys: &[LayerKey]) {
         keys.iter().for_each(|key| self.apply_delete(log, *key));
-        keys.len()
     }
 
     /// Ends a change: tells flushes how far they must sync and wakes background work if due.
-    fn finish(&self, log: MutexGuard<'_, LogState>) {
+    pub(crate) fn finish(&self, log: MutexGuard<'_, LogState>) {
         let (end, filling) = (log.end, log.is_filling(&self.ring));
         self.changed_to.store(end, SeqCst);
         drop(log);
@@ -411,7 +406,7 @@ impl Engine {
     }
 
     /// A checkpoint that found the disk full may succeed now.
-    fn space_freed(&self) {
+    pub(crate) fn space_freed(&self) {
         if lock(&self.stuck).is_some() {
             self.signals.retry_checkpoint();
         }
@@ -515,134 +510,15 @@ impl Engine {
         header.key.object.volume = volume;
         let log = self.lock_with_room(Need::of(&header, 0), || Ok(Some(())))?;
         let Some(mut log) = log else { return Ok(0) };
-        if self.table.keys_of(volume).is_empty() {
+        let keys = self.table.keys_of(volume);
+        if keys.is_empty() {
             return Ok(0);
         }
         self.append(&mut log, &mut header, &[], &[])?;
-        let count = self.apply_delete_volume(&mut log, volume);
+        self.apply_delete_volume(&mut log, &keys);
         self.finish(log);
         self.space_freed();
-        Ok(count)
-    }
-
-    /// See [`crate::Store::merge`].
-    pub(crate) fn merge(
-        &self,
-        object: ObjectId,
-        upper: Layer,
-        lower: Layer,
-    ) -> Result<bool, WriteError> {
-        if lower >= upper {
-            return Err(WriteError::Invalid("a layer can only be merged into a newer one"));
-        }
-        let (key, lower_key) =
-            (LayerKey { object, layer: upper }, LayerKey { object, layer: lower });
-        let mut header = Header { key, lower, ..Header::control(Kind::Merge) };
-        let (mut log, sums) = loop {
-            // Read without a lock; whether it still is the right one shows under the lock.
-            let (slab, sums) = self.merge_source(lower_key)?;
-            let need = Need::of(&header, u32::from(BlockRange::ALL.count()));
-            let log = self.lock_with_room(need, || {
-                let shard = self.table.shard_of(object);
-                let both = [key, lower_key].map(|key| shard.version(key) != Version::NONE);
-                Ok((both == [true; 2]).then_some(()))
-            })?;
-            let Some(log) = log else { return Ok(false) };
-            let shard = self.table.shard_of(object);
-            let source = shard.get(lower_key);
-            if source.is_some_and(|layer| layer.has_changes_before(log.generation)) {
-                // A checkpoint is moving its blocks out of the log. Wait for that.
-                drop((shard, log));
-                drop(lock(&self.checkpointer));
-                continue;
-            }
-            if source.and_then(LayerState::visible_base).map(|base| base.slab) == slab {
-                (header.prev, header.version) = (shard.version(key), shard.version(lower_key));
-                header.slab = shard.get(key).and_then(LayerState::slab).map_or(0, |s| s.slab);
-                drop(shard);
-                break (log, sums);
-            }
-        };
-        let moved = self.merge_entries(key, lower_key, sums.as_deref());
-        let data = moved.iter().filter(|entry| entry.state == BlockState::Data).count();
-        self.check_space(data as u64)?;
-        self.append(&mut log, &mut header, &[], &[])?;
-        self.apply_merge(&mut log, key, lower_key, &moved);
-        self.finish(log);
-        Ok(true)
-    }
-
-    /// The committed slab and checksums of a layer that is to be merged.
-    fn merge_source(
-        &self,
-        key: LayerKey,
-    ) -> Result<(Option<SlabRef>, Option<Arc<Sums>>), WriteError> {
-        let wanted = self.table.shard_of(key.object).get(key).and_then(|layer| layer.wanted(key));
-        let Some(wanted) = wanted else { return Ok((None, None)) };
-        match self.load_sums(&wanted) {
-            Ok(sums) => Ok((Some(wanted.slab), Some(sums))),
-            // It may have been replaced meanwhile: then the comparison of slabs tells.
-            Err(error) if self.base_is(&wanted) => {
-                Err(WriteError::Damaged { key, reason: error.to_string().into() })
-            }
-            Err(_) => Ok((Some(SlabRef::unused(u32::MAX)), None)),
-        }
-    }
-
-    /// What absent blocks of `key` become when `lower` is merged into it; also used by replay.
-    pub(crate) fn merge_entries(
-        &self,
-        key: LayerKey,
-        lower: LayerKey,
-        sums: Option<&Sums>,
-    ) -> Vec<Entry> {
-        use crate::layer::Located;
-        let shard = self.table.shard_of(key.object);
-        let (Some(upper), Some(lower)) = (shard.get(key), shard.get(lower)) else {
-            return Vec::new();
-        };
-        let absent = |block: &u16| upper.locate(*block) == Located::Absent;
-        let moved = (0..BlockRange::ALL.end()).filter(absent).filter_map(|block| {
-            let located = lower.locate(block);
-            let mut entry = Entry {
-                block,
-                state: located.state(),
-                release: false,
-                crc: 0,
-                place: Place::Log(0).into(),
-            };
-            match located {
-                Located::Absent => return None,
-                Located::Zero => {}
-                Located::Data { crc, place } => (entry.crc, entry.place) = (crc, place.into()),
-                Located::Base { offset } => {
-                    entry.crc = sums.map_or(0, |sums| sums[usize::from(block)]);
-                    entry.place = Place::Slab(offset).into();
-                }
-            }
-            Some(entry)
-        });
-        moved.collect()
-    }
-
-    /// Publishes a merge; also used by replay.
-    pub(crate) fn apply_merge(
-        &self,
-        log: &mut LogState,
-        key: LayerKey,
-        lower: LayerKey,
-        moved: &[Entry],
-    ) {
-        let mut shard = self.table.shard_of(key.object);
-        let layer = shard.get_or_insert(key);
-        let old = (layer.version, layer.data_blocks);
-        if layer.absorb(log.generation, moved) {
-            log.dirty.push(key);
-        }
-        log.waiting += moved.len() as u64;
-        self.table.count(key, old, (layer.version, layer.data_blocks));
-        drop(shard);
-        self.apply_replace(log, lower, (Version::NONE, None), true, Vec::new());
+        Ok(keys.len())
     }
 
     /// Makes every change applied before the call durable; one caller at a time syncs, the others

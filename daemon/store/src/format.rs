@@ -12,7 +12,7 @@ use crate::api::StoreIds;
 use crate::states::{STATES_BYTES, States};
 
 /// The format that this code reads and writes.
-pub(crate) const FORMAT: u32 = 2;
+pub(crate) const FORMAT: u32 = 3;
 /// Bytes of each part of the superblock file: two copies of the superblock, two marks.
 pub(crate) const SUPER_PART: u64 = 4096;
 /// Bytes of an encoded superblock or mark, one sector.
@@ -281,10 +281,13 @@ pub(crate) enum Kind {
     End,
     /// Nothing; its `durable` field proves what was durable.
     Synced,
+    /// Some blocks of the layer change, each in its own way: changes and checksums follow, then
+    /// bytes.
+    Patch,
 }
 
 impl Kind {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Data,
         Self::Clear,
         Self::Install,
@@ -293,6 +296,7 @@ impl Kind {
         Self::End,
         Self::Synced,
         Self::Merge,
+        Self::Patch,
     ];
 
     fn code(self) -> u8 {
@@ -305,6 +309,7 @@ impl Kind {
             Self::End => 6,
             Self::Synced => 7,
             Self::Merge => 8,
+            Self::Patch => 9,
         }
     }
 }
@@ -325,7 +330,7 @@ pub(crate) struct Header {
     pub(crate) flags: u8,
     /// First block.
     pub(crate) first: u16,
-    /// Blocks written or cleared; for an install the data blocks.
+    /// Blocks written or cleared; for an install the data blocks, for a patch those it carries.
     pub(crate) count: u32,
     /// Position in the endless log, in bytes.
     pub(crate) lsn: u64,
@@ -368,11 +373,11 @@ impl Header {
         self.flags & FLAG_DIRECT != 0
     }
 
-    /// Bytes of states and checksums after the header.
+    /// Bytes of states or changes and of checksums after the header.
     pub(crate) fn table_len(&self) -> usize {
         match self.kind {
             Kind::Data => 4 * self.count as usize,
-            Kind::Install => STATES_BYTES + 4 * self.count as usize,
+            Kind::Install | Kind::Patch => STATES_BYTES + 4 * self.count as usize,
             _ => 0,
         }
     }
@@ -380,7 +385,9 @@ impl Header {
     /// Bytes of data after the tables.
     pub(crate) fn data_len(&self) -> usize {
         match self.kind {
-            Kind::Data if !self.is_direct() => self.count as usize * sheepdog_types::BLOCK_SIZE,
+            Kind::Data | Kind::Patch if !self.is_direct() => {
+                self.count as usize * sheepdog_types::BLOCK_SIZE
+            }
             _ => 0,
         }
     }

@@ -390,6 +390,28 @@ impl LayerState {
         fresh
     }
 
+    /// Changes the blocks of `entries`, ascending, of a layer that exists. True as in
+    /// [`LayerState::change`].
+    pub(crate) fn patch(&mut self, generation: u64, version: Version, entries: &[Entry]) -> bool {
+        for entry in entries {
+            let (data, zero) = self.count_in(entry.block, entry.block + 1);
+            self.data_blocks -= data;
+            self.zero_blocks -= zero;
+            match entry.state {
+                BlockState::Data => self.data_blocks += 1,
+                BlockState::Zero => self.zero_blocks += 1,
+                BlockState::Absent => {}
+            }
+        }
+        let (live, fresh) = self.live_mut(generation);
+        live.version = version;
+        for run in entries.chunk_by(|a, b| a.block + 1 == b.block) {
+            live.splice(run[0].block, run[0].block + run.len() as u16, run.iter().copied());
+        }
+        self.version = version;
+        fresh
+    }
+
     /// Replaces the whole content, which goes to another slab; [`Version::NONE`] deletes. `keep` is
     /// that of the old slab's [`Dropped`]. True as in [`LayerState::change`].
     pub(crate) fn replace(

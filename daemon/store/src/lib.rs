@@ -37,8 +37,10 @@ mod layer;
 mod lockfile;
 mod log;
 mod medium;
+mod merge;
 mod offline;
 mod open;
+mod patch;
 mod read;
 mod scrub;
 mod states;
@@ -55,8 +57,8 @@ use sheepdog_types::{Layer, LayerKey, ObjectId, SlotId, Version, VolumeId};
 
 pub use api::{
     Applied, BadBlock, BlockRange, BlockRun, BlockState, BlocksRead, Cache, DamageReport,
-    IoBackend, LayerImage, LayerStat, LayerSums, Options, Payload, ReadOutcome, ScrubbedLayer,
-    StoreIds, Usage,
+    IoBackend, LayerDifference, LayerImage, LayerPart, LayerPatch, LayerStat, LayerSums, Options,
+    Payload, ReadOutcome, ScrubbedLayer, StoreIds, Usage,
 };
 use engine::Engine;
 pub use error::{FlushError, OpenError, ReadError, WriteError};
@@ -291,6 +293,54 @@ impl Store {
         image: &LayerImage,
     ) -> Result<bool, WriteError> {
         self.engine.install(key, expect, image)
+    }
+
+    /// How the layer `key` differs from one with the sums `other`: what [`Store::patch`] needs to
+    /// make it equal; `None` if there is no such layer. If it is at the version of `other`, all of
+    /// it is read and verified, so that no damage is taken for equal; else blocks count as damaged
+    /// if they are known to be. Blocks are compared by their checksums.
+    ///
+    /// # Errors
+    /// [`ReadError`] if the layer's checksum table is damaged or cannot be read, or if `other`
+    /// contradicts itself.
+    pub fn compare(
+        &self,
+        key: LayerKey,
+        other: &LayerSums,
+    ) -> Result<Option<LayerDifference>, ReadError> {
+        self.engine.compare(key, other)
+    }
+
+    /// Data blocks of a layer at a version, at most all of them once, in ascending order; `None` if
+    /// it is at another version.
+    ///
+    /// # Errors
+    /// [`ReadError`] if a block is damaged or cannot be read; [`ReadError::Invalid`] if one is not a
+    /// data block.
+    pub fn part(
+        &self,
+        key: LayerKey,
+        version: Version,
+        blocks: &[BlockRange],
+    ) -> Result<Option<LayerPart>, ReadError> {
+        self.engine.part(key, version, blocks)
+    }
+
+    /// Makes a layer what `patch` says, if its version is `expect`, by changing only the blocks that
+    /// differ; after a crash it is the old or the new one, never a mixture. False if it is at
+    /// another version, or if a block that is not given is not stored as the patch says or is known
+    /// to be damaged. The space of blocks that are no longer data is given back.
+    ///
+    /// # Errors
+    /// [`WriteError`]; nothing was changed, except with [`WriteError::Failed`] perhaps. With
+    /// [`WriteError::Damaged`] only [`Store::install`] helps.
+    pub fn patch(
+        &self,
+        key: LayerKey,
+        expect: Version,
+        patch: &LayerPatch,
+    ) -> Result<bool, WriteError> {
+        self.engine.patch(key, expect, patch)
     }
 
     /// Deletes a layer; false if there was none. Durable after the next flush.

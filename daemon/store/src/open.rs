@@ -21,7 +21,7 @@ use crate::format::{
 use crate::layer::{LayerState, SlabRef};
 use crate::log::{LogState, Record, Replay, Ring, segment_name};
 use crate::medium::{Medium, VFile};
-use crate::states::{STATES_BYTES, States};
+use crate::states::{Changes, STATES_BYTES, States};
 
 /// Slabs that a record may be ahead of those known: as many changes may have taken one, but have no
 /// record yet. It bounds what a wrong record can make of the tables.
@@ -382,7 +382,7 @@ impl Engine {
                 self.apply_replace(log, key, (Version::NONE, None), false, Vec::new());
             }
             Kind::DeleteVolume => {
-                self.apply_delete_volume(log, key.object.volume);
+                self.apply_delete_volume(log, &self.table.keys_of(key.object.volume));
             }
             Kind::Merge => {
                 let lower = LayerKey { object: key.object, layer: header.lower };
@@ -400,6 +400,16 @@ impl Engine {
                 let sums = sums.map_err(OpenError::io("cannot read sums"))?;
                 let moved = self.merge_entries(key, lower, sums.as_deref());
                 self.apply_merge(log, key, lower, &moved);
+            }
+            Kind::Patch => {
+                let changes = Changes::of_record(tables, header.count);
+                let Some(changes) = changes.filter(|_| header.prev != Version::NONE) else {
+                    return damaged("has wrong block changes");
+                };
+                if self.replay_slab(log, header, true)?.is_none() {
+                    return damaged("names a slab that it cannot have");
+                }
+                self.apply_patch(log, header, &changes, record.crcs());
             }
             Kind::Synced | Kind::End => {}
         }

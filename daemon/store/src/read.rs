@@ -8,10 +8,12 @@
 use std::io;
 use std::sync::Arc;
 
-use sheepdog_types::{BLOCK_SIZE, Layer, LayerKey, ObjectId};
+use sheepdog_types::{BLOCK_SIZE, Layer, LayerKey, ObjectId, Version};
 use smallvec::SmallVec;
 
-use crate::api::{BlockRange, BlockRun, BlockState, LayerImage, LayerStat, LayerSums, ReadOutcome};
+use crate::api::{
+    BlockRange, BlockRun, BlockState, LayerImage, LayerPart, LayerStat, LayerSums, ReadOutcome,
+};
 use crate::checkpoint::{SUMS_BYTES, sums_offset};
 use crate::engine::Engine;
 use crate::error::ReadError;
@@ -433,6 +435,42 @@ impl Engine {
         })
     }
 
+    /// See [`crate::Store::part`].
+    pub(crate) fn part(
+        &self,
+        key: LayerKey,
+        version: Version,
+        blocks: &[BlockRange],
+    ) -> Result<Option<LayerPart>, ReadError> {
+        if blocks.windows(2).any(|pair| pair[0].end() > pair[1].first()) {
+            return Err(ReadError::Invalid("ranges that overlap or are out of order"));
+        }
+        let part = self.fetch(
+            Mode::Wait,
+            key.object,
+            |shard, loaded| match shard.get(key).filter(|layer| layer.version == version) {
+                Some(layer) => {
+                    let wanted = blocks.iter().flat_map(|range| range.blocks());
+                    Ok((plan_blocks(shard, loaded, key, layer, wanted)?, true))
+                }
+                None => Ok((Plan::default(), false)),
+            },
+            |plan, found| {
+                let mut data = vec![0; plan.crcs.len() * BLOCK_SIZE];
+                self.read_pieces(Mode::Wait, plan, &mut data)?;
+                Ok(Some(found.then(|| LayerPart { crcs: plan.crcs.to_vec(), data })))
+            },
+        )?;
+        let part = part.flatten();
+        let count = blocks.iter().map(|range| usize::from(range.count())).sum();
+        match &part {
+            Some(part) if part.crcs.len() != count => {
+                Err(ReadError::Invalid("blocks that hold no data"))
+            }
+            _ => Ok(part),
+        }
+    }
+
     fn fetch_layer<R>(
         &self,
         key: LayerKey,
@@ -487,9 +525,23 @@ fn plan_image(
     key: LayerKey,
     layer: &LayerState,
 ) -> Result<(LayerSums, Plan), Wanted> {
+    let plan = plan_blocks(shard, loaded, key, layer, BlockRange::ALL.blocks())?;
+    let mut runs = runs(BlockRange::ALL, |block| layer.locate(block).state());
+    runs.retain(|run| run.state != BlockState::Absent);
+    Ok((LayerSums { version: layer.version, runs, crcs: plan.crcs.to_vec() }, plan))
+}
+
+/// Where the data blocks among `blocks` are.
+fn plan_blocks(
+    shard: &Shard,
+    loaded: &Loaded,
+    key: LayerKey,
+    layer: &LayerState,
+    blocks: impl Iterator<Item = u16>,
+) -> Result<Plan, Wanted> {
     let mut plan = Plan::default();
     let mut link = Link { key, layer, sums: None };
-    for block in 0..BlockRange::ALL.end() {
+    for block in blocks {
         match layer.locate(block) {
             Located::Data { crc, place } => plan.push(key, block, crc, Some(place)),
             Located::Base { offset } => {
@@ -499,9 +551,7 @@ fn plan_image(
             Located::Absent | Located::Zero => {}
         }
     }
-    let mut runs = runs(BlockRange::ALL, |block| layer.locate(block).state());
-    runs.retain(|run| run.state != BlockState::Absent);
-    Ok((LayerSums { version: layer.version, runs, crcs: plan.crcs.to_vec() }, plan))
+    Ok(plan)
 }
 
 /// The blocks of `range` as runs of equal state.

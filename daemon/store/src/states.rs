@@ -76,6 +76,59 @@ impl States {
     }
 }
 
+/// What a patch makes of each of an object's blocks: 0 nothing, else what it becomes: 1 data, 2
+/// zero, 3 absent.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Changes([u8; STATES_BYTES]);
+
+impl Default for Changes {
+    fn default() -> Self {
+        Self([0; STATES_BYTES])
+    }
+}
+
+impl Changes {
+    pub(crate) fn get(&self, block: u16) -> Option<BlockState> {
+        match self.0[usize::from(block) / 4] >> (block % 4 * 2) & 3 {
+            1 => Some(BlockState::Data),
+            2 => Some(BlockState::Zero),
+            3 => Some(BlockState::Absent),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn set(&mut self, block: u16, state: BlockState) {
+        let code = match state {
+            BlockState::Data => 1,
+            BlockState::Zero => 2,
+            BlockState::Absent => 3,
+        };
+        let shift = block % 4 * 2;
+        let byte = &mut self.0[usize::from(block) / 4];
+        *byte = *byte & !(3 << shift) | code << shift;
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8; STATES_BYTES] {
+        &self.0
+    }
+
+    /// From the tables of a record that carries `data` blocks; `None` if they make no sense.
+    pub(crate) fn of_record(tables: &[u8], data: u32) -> Option<Self> {
+        let changes = Self(*tables.first_chunk::<STATES_BYTES>()?);
+        (changes.data().count() as u32 == data).then_some(changes)
+    }
+
+    /// The blocks that change, ascending, with what they become.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (u16, BlockState)> + '_ {
+        (0..BLOCKS_PER_OBJECT as u16).filter_map(|block| Some((block, self.get(block)?)))
+    }
+
+    /// The blocks that get new data, ascending.
+    pub(crate) fn data(&self) -> impl Iterator<Item = u16> + '_ {
+        self.iter().filter(|(_, state)| *state == BlockState::Data).map(|(block, _)| block)
+    }
+}
+
 /// The states of a layer in as little memory as they need: most layers are all data.
 #[derive(Clone, Debug)]
 pub(crate) enum CompactStates {
@@ -127,6 +180,21 @@ mod tests {
             assert_eq!((compact.get(1022), compact.get(1023)), (state, other));
             assert_eq!(compact.expand(), states);
         }
+    }
+
+    #[test]
+    fn every_change_is_kept_and_counted() {
+        let mut changes = Changes::default();
+        for block in 0..BLOCKS_PER_OBJECT as u16 {
+            changes.set(block, [BlockState::Zero, BlockState::Data][usize::from(block % 3 == 0)]);
+        }
+        changes.set(3, BlockState::Absent);
+        assert_eq!(changes.data().count(), 341);
+        assert_eq!(changes.iter().nth(3), Some((3, BlockState::Absent)));
+        assert_eq!(Changes::of_record(changes.bytes(), 341), Some(changes.clone()));
+        assert_eq!(Changes::of_record(changes.bytes(), 342), None);
+        assert_eq!(Changes::of_record(&[0; STATES_BYTES - 1], 0), None);
+        assert_eq!(Changes::default().iter().next(), None);
     }
 
     #[test]

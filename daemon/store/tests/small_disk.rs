@@ -100,6 +100,7 @@ enum Operation {
     Overwrite,
     Discard,
     Install,
+    Patch,
     Delete,
     DeleteVolume,
     NewLayer,
@@ -110,12 +111,13 @@ enum Operation {
     Open,
 }
 
-const OPERATIONS: [Operation; 12] = [
+const OPERATIONS: [Operation; 13] = [
     Operation::WriteSmall,
     Operation::WriteLarge,
     Operation::Overwrite,
     Operation::Discard,
     Operation::Install,
+    Operation::Patch,
     Operation::Delete,
     Operation::DeleteVolume,
     Operation::NewLayer,
@@ -277,6 +279,7 @@ fn do_it(actor: &mut Actor<'_, impl FnMut(Record)>, operation: Operation) -> Opt
         Operation::Overwrite => actor.change(old, Change::Write { first: 110, count: 10 }),
         Operation::Discard => actor.clear(old),
         Operation::Install => actor.install(old),
+        Operation::Patch => actor.patch(old),
         Operation::Delete => actor.delete(old),
         Operation::DeleteVolume => actor.delete_volume(),
         Operation::NewLayer => actor.write(new, 1, 64),

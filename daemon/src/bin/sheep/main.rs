@@ -20,6 +20,7 @@ use tracing_subscriber::EnvFilter;
 /// Examples:
 ///   sheep --dir /var/lib/sheepdog
 ///   sheep --dir /srv/b --listen 127.0.0.1:7001 --join 127.0.0.1:7000
+///   sheep --dir /srv/c --listen 127.0.0.1:7002 --join 127.0.0.1:7000 --no-disk
 ///   sheep check /var/lib/sheepdog      (while it is stopped)
 ///
 /// SIGTERM and SIGINT stop it cleanly. It logs to standard error; RUST_LOG chooses what, as in
@@ -49,6 +50,10 @@ struct Arguments {
     /// [default: DIR/disk, weighted by its capacity in GiB]
     #[arg(long = "disk", value_name = "PATH[,WEIGHT]", value_parser = disk)]
     disks: Vec<(PathBuf, Option<u64>)>,
+    /// A new node gets no disk: it serves volumes, and votes in the cluster log. As the third node
+    /// beside two with disks it decides which of them goes on alone.
+    #[arg(long, conflicts_with = "disks")]
+    no_disk: bool,
     /// Allow addresses outside loopback although connections are not encrypted yet.
     #[arg(long)]
     insecure: bool,
@@ -154,6 +159,7 @@ async fn run(arguments: Arguments) -> Result<(), StartError> {
         join: arguments.join,
         zone: arguments.zone,
         disks: arguments.disks,
+        no_disk: arguments.no_disk,
         insecure: arguments.insecure,
         cache: match arguments.cache {
             CacheMode::Page => Cache::Page,

@@ -170,6 +170,7 @@ fn record(disk: &Disk, header: &Header) -> DumpItem {
         Kind::Delete => "delete",
         Kind::DeleteVolume => "delete volume",
         Kind::Merge => "merge",
+        Kind::Patch => "patch",
         Kind::End => "end",
         Kind::Synced => "synced",
     };
@@ -184,7 +185,7 @@ fn record(disk: &Disk, header: &Header) -> DumpItem {
         item = item.with("layer", header.key.to_string());
         item = item.with_versions(header.prev, header.version);
     }
-    if matches!(header.kind, Kind::Data | Kind::Clear | Kind::Install) {
+    if matches!(header.kind, Kind::Data | Kind::Clear | Kind::Install | Kind::Patch) {
         item = item.with("first", u32::from(header.first)).with("blocks", header.count);
     }
     if header.kind == Kind::Merge {

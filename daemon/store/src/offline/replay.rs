@@ -12,7 +12,7 @@ use super::index::{states_of, sums_of};
 use super::{Disk, Finding, Progress, Report, Unreadable};
 use crate::api::BlockState;
 use crate::format::{FLAG_ABSENT, HEADER, Header, Kind, NO_SLAB, RECORD_ALIGN, crcs_from_bytes};
-use crate::states::{STATES_BYTES, States};
+use crate::states::{Changes, STATES_BYTES, States};
 
 /// Changed blocks that are kept (I10). A store lets fewer wait.
 const MAX_CHANGES: u64 = 4 << 20;
@@ -180,6 +180,7 @@ impl Model {
                 keys.into_iter().for_each(|key| self.delete(key));
             }
             Kind::Merge => self.merge(disk, header)?,
+            Kind::Patch => self.patch(header, tables)?,
         }
         Ok(())
     }
@@ -234,6 +235,33 @@ impl Model {
             layer.changes.insert(block, change);
         }
         self.changes += layer.changes.len() as u64;
+        Ok(())
+    }
+
+    fn patch(&mut self, header: &Header, tables: &[u8]) -> Result<(), String> {
+        let changes = Changes::of_record(tables, header.count).ok_or("has wrong block changes")?;
+        let layer = self.layers.get_mut(&header.key).filter(|layer| layer.exists());
+        let layer = layer.ok_or("patches a layer that does not exist")?;
+        if layer.slab != Some(header.slab) {
+            return Err("names a slab that its layer does not have".into());
+        }
+        layer.version = header.version;
+        let mut crcs = crcs_from_bytes(&tables[STATES_BYTES..]);
+        let mut lsn = header.data_lsn();
+        for (block, state) in changes.iter() {
+            let change = match state {
+                BlockState::Absent => Change::Absent,
+                BlockState::Zero => Change::Zero,
+                BlockState::Data => {
+                    let place = Packed(lsn);
+                    lsn += BLOCK_SIZE as u64;
+                    Change::Data { crc: crcs.next().unwrap_or(0), place }
+                }
+            };
+            layer.changes.insert(block, change);
+            // Those with data were counted by the header.
+            self.changes += u64::from(state != BlockState::Data);
+        }
         Ok(())
     }
 
@@ -534,8 +562,9 @@ fn is_whole(
     }
     buf.resize(header.data_len(), 0);
     let readable = disk.read_log(buf, header.data_lsn()).is_ok();
-    let blocks = buf.chunks_exact(BLOCK_SIZE).zip(crcs_from_bytes(tables));
-    for ((bytes, crc), at) in blocks.zip(0u16..) {
+    let (numbers, crcs) = carried(header, tables);
+    let blocks = buf.chunks_exact(BLOCK_SIZE).zip(crcs_from_bytes(crcs));
+    for (((bytes, crc), block), at) in blocks.zip(numbers).zip(0u64..) {
         if readable && crc32c::crc32c(bytes) == crc {
             continue;
         }
@@ -543,11 +572,24 @@ fn is_whole(
             return false;
         }
         if log.bad.len() < MAX_BAD {
-            let lsn = header.data_lsn() + u64::from(at) * BLOCK_SIZE as u64;
-            log.bad.push(BadBlock { lsn, key: header.key, block: header.first + at });
+            let lsn = header.data_lsn() + at * BLOCK_SIZE as u64;
+            log.bad.push(BadBlock { lsn, key: header.key, block });
         }
     }
     true
+}
+
+/// The blocks whose bytes a record carries, and the bytes of their checksums. Of a patch that makes
+/// no sense the blocks are not known, which is told when it is applied.
+fn carried<'a>(header: &Header, tables: &'a [u8]) -> (Vec<u16>, &'a [u8]) {
+    if header.kind != Kind::Patch {
+        return ((header.first..header.first + header.count as u16).collect(), tables);
+    }
+    let crcs = tables.get(STATES_BYTES..).unwrap_or_default();
+    match Changes::of_record(tables, header.count) {
+        Some(changes) => (changes.data().collect(), crcs),
+        None => (vec![0; header.count as usize], crcs),
+    }
 }
 
 /// Whether the bytes of a direct record are in its slab.

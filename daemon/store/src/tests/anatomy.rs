@@ -1,6 +1,6 @@
 //! What each byte of a store is for: the map by which tests damage one structure at a time.
 //!
-//! This knows the format (version 2) and changes with it, as does [`expected`], the table of what
+//! This knows the format (version 3) and changes with it, as does [`expected`], the table of what
 //! damage to each kind of structure must lead to.
 
 use std::collections::BTreeSet;
@@ -209,7 +209,8 @@ impl Anatomy {
                 self.add(&file, at, len, kind).place = format!("offset {offset}");
                 at += len;
             }
-            for block in header.first..header.first + (header.data_len() / BLOCK_SIZE) as u16 {
+            let tables = medium.bytes(&file, offset + HEADER as u64, header.table_len());
+            for block in blocks_of(&header, &tables) {
                 let bytes = medium.bytes(&file, at, BLOCK_SIZE);
                 let structure = self.add(&file, at, BLOCK_SIZE as u64, Kind::RecordData);
                 structure.blocks = reader(model, block, &bytes).into_iter().collect();
@@ -298,4 +299,14 @@ impl Anatomy {
             blocks: BTreeSet::new(),
         })
     }
+}
+
+/// The blocks whose bytes a record carries.
+fn blocks_of(header: &Header, tables: &[u8]) -> Vec<u16> {
+    if header.kind == Record::Patch {
+        // Two bits for each block, 1: data.
+        let is_data = |block: &u16| tables[usize::from(block / 4)] >> (block % 4 * 2) & 3 == 1;
+        return (0..BLOCKS_PER_OBJECT as u16).filter(is_data).collect();
+    }
+    (header.first..header.first + (header.data_len() / BLOCK_SIZE) as u16).collect()
 }

@@ -74,6 +74,7 @@ fn random_op(rng: &mut Rng, now: &Model, large: bool) -> Op {
     if !large || !rng.chance(20) {
         return op;
     }
+    let large_first = rng.below(u64::from(SPAN)) as u16 * 4;
     let mut tags = (0..LARGE_BLOCKS + rng.below(9) as u16).map(|_| 1 + rng.next() / 2);
     match op {
         Op::Write { key, version, first, .. } => {
@@ -82,6 +83,10 @@ fn random_op(rng: &mut Rng, now: &Model, large: bool) -> Op {
         Op::Install { key, layer } => {
             let blocks = (0..SPAN).zip(tags.by_ref().map(Block::Data)).collect();
             Op::Install { key, layer: ModelLayer { blocks, ..layer } }
+        }
+        Op::Patch { key, mut layer, .. } => {
+            layer.blocks.extend((large_first..).zip(tags.map(Block::Data)));
+            Op::Patch { key, layer, again: Vec::new() }
         }
         other => other,
     }

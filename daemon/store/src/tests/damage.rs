@@ -47,10 +47,11 @@ fn used_store(rng: &mut Rng) -> Used {
         engine.checkpoint().unwrap();
     }
     // In another volume, what is to be found in each store: a slab that is free, ...
-    let [gone, lower, upper, replaced, written] =
-        [(0, 0), (1, 0), (1, 1), (2, 0), (3, 0)].map(|(index, layer)| key(3, index, layer));
-    for (key, tags) in [(gone, 71), (lower, 72), (upper, 74), (replaced, 76), (written, 78)]
-        .map(|(key, tag)| (key, [tag, tag + 1]))
+    let [gone, lower, upper, replaced, written, patched] =
+        [(0, 0), (1, 0), (1, 1), (2, 0), (3, 0), (4, 0)].map(|(index, layer)| key(3, index, layer));
+    for (key, tags) in
+        [(gone, 71), (lower, 72), (upper, 74), (replaced, 76), (written, 78), (patched, 86)]
+            .map(|(key, tag)| (key, [tag, tag + 1]))
     {
         let first = key.layer.0 as u16;
         let op = write(&model, key, first, &tags);
@@ -60,7 +61,7 @@ fn used_store(rng: &mut Rng) -> Used {
     change(&engine, &mut model, &Op::Delete { key: gone });
     engine.checkpoint().unwrap();
     // ... and not applied, a write in the log over another in the slab, one straight to the slab,
-    // a content for a new slab, a merge.
+    // a content for a new slab, a merge, a patch.
     let small = write(&model, written, 0, &[81]);
     change(&engine, &mut model, &small);
     let direct = write(&model, written, 5, &[82, 83, 84]);
@@ -69,6 +70,11 @@ fn used_store(rng: &mut Rng) -> Used {
     let layer = ModelLayer { version: super::support::version(9, 7), blocks };
     change(&engine, &mut model, &Op::Install { key: replaced, layer });
     change(&engine, &mut model, &Op::Merge { key: upper, lower: lower.layer });
+    // Blocks 1 and 7 become others, block 0 stays in the slab.
+    let mut layer = model[&patched].clone();
+    layer.version = super::support::version(9, 8);
+    layer.blocks.extend([(1, Block::Data(88)), (7, Block::Data(89)), (9, Block::Zero)]);
+    change(&engine, &mut model, &Op::Patch { key: patched, layer, again: Vec::new() });
     // Few enough not to fill the log, which would make another checkpoint.
     random(&mut model, 5, rng);
     engine.sync_log().unwrap();
@@ -325,12 +331,12 @@ fn a_newer_format_is_told_from_damage() {
     let mut sector = [0; 512];
     let file = crate::medium::Medium::open(&medium, "superblock", false).unwrap();
     file.read_at(&mut sector, 0).unwrap();
-    sector[8] = 3;
+    sector[8] += 1;
     let crc = crc32c::crc32c(&sector[..508]);
     sector[508..].copy_from_slice(&crc.to_le_bytes());
     file.write_at(&[&sector], 0).unwrap();
     match open_sim(&medium).map(|_| ()) {
-        Err(OpenError::OtherFormat { found: 3, supported: 2 }) => {}
+        Err(OpenError::OtherFormat { found: 4, supported: 3 }) => {}
         other => panic!("{other:?}"),
     }
 }

@@ -39,6 +39,8 @@ enum Act {
     DeleteVolume,
     /// Another content for the object's layer.
     Install,
+    /// Of the object's layer, block 1 becomes absent, 4 and 5 new data; the others stay.
+    Patch,
     /// The object's first layer goes into its second.
     Merge,
     Flush,
@@ -49,7 +51,7 @@ enum Act {
 
 use Act::*;
 
-const ALL: [(char, Act); 12] = [
+const ALL: [(char, Act); 13] = [
     ('W', Write),
     ('O', Overlap),
     ('S', Snapshot),
@@ -58,13 +60,14 @@ const ALL: [(char, Act); 12] = [
     ('X', DeleteLayer),
     ('V', DeleteVolume),
     ('I', Install),
+    ('P', Patch),
     ('M', Merge),
     ('F', Flush),
     ('C', Checkpoint),
     ('R', Restart),
 ];
 /// For workloads of three operations where bytes go straight to slabs, and with a merge.
-const DIRECT: [char; 9] = ['W', 'O', 'S', 'D', 'X', 'I', 'M', 'F', 'C'];
+const DIRECT: [char; 10] = ['W', 'O', 'S', 'D', 'X', 'I', 'P', 'M', 'F', 'C'];
 const MERGING: [char; 7] = ['M', 'W', 'D', 'X', 'I', 'F', 'C'];
 /// For workloads of four operations, and of three where the start matters less.
 const FEW: [char; 5] = ['W', 'D', 'X', 'F', 'C'];
@@ -109,6 +112,13 @@ impl Act {
                 let layer = ModelLayer { version: next(object), blocks: blocks.into() };
                 Op::Install { key: object, layer }
             }
+            Patch if now.contains_key(&object) => {
+                let mut layer = ModelLayer { version: next(object), ..now[&object].clone() };
+                layer.blocks.remove(&1);
+                layer.blocks.extend([(4, Block::Data(tag(0))), (5, Block::Data(tag(1)))]);
+                Op::Patch { key: object, layer, again: Vec::new() }
+            }
+            Patch => return Write.op(now, step),
             Merge => Op::Merge { key: key(1, 0, 1), lower: sheepdog_types::Layer(0) },
             Flush | Checkpoint | Restart => return None,
         })

@@ -9,6 +9,7 @@ mod later;
 mod model;
 mod offline;
 mod oracle;
+mod patch;
 mod race;
 mod scrub;
 mod sim;

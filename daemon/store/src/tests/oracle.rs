@@ -7,7 +7,7 @@ use sheepdog_types::{
     BLOCK_SIZE, Layer, LayerKey, ObjectId, ObjectIndex, Version, VolumeId, WriterGen,
 };
 
-use crate::{BlockRange, BlockRun, BlockState, LayerImage, LayerSums};
+use crate::{BlockRange, BlockRun, BlockState, LayerImage, LayerPatch, LayerSums};
 
 /// SplitMix64.
 #[derive(Clone)]
@@ -156,6 +156,13 @@ pub(super) enum Op {
         key: LayerKey,
         layer: ModelLayer,
     },
+    /// The layer, which exists, becomes this one.
+    Patch {
+        key: LayerKey,
+        layer: ModelLayer,
+        /// These blocks are given although they do not differ.
+        again: Vec<u16>,
+    },
     Delete {
         key: LayerKey,
     },
@@ -189,6 +196,9 @@ impl Op {
                 let (absent, release) = (rng.chance(50), rng.chance(50));
                 Self::Clear { key, version, first, count, absent, release }
             }
+            80..90 if model.contains_key(&key) && rng.chance(60) => {
+                Self::random_patch(rng, model, key, version, span)
+            }
             80..90 => {
                 let mut blocks = BTreeMap::new();
                 for block in 0..span {
@@ -209,6 +219,35 @@ impl Op {
         }
     }
 
+    /// Some blocks of a layer that exists become others.
+    fn random_patch(
+        rng: &mut Rng,
+        model: &Model,
+        key: LayerKey,
+        version: Version,
+        span: u16,
+    ) -> Self {
+        let mut layer = ModelLayer { version, ..model[&key].clone() };
+        let (mut again, mut given) = (Vec::new(), 0);
+        for block in 0..span {
+            let old = layer.blocks.get(&block).copied();
+            match rng.below(10) {
+                0..3 if given < 10 => {
+                    layer.blocks.insert(block, Block::Data(1 + rng.next() / 2));
+                    given += 1;
+                }
+                3 => drop(layer.blocks.insert(block, Block::Zero)),
+                4 => drop(layer.blocks.remove(&block)),
+                5 if given < 10 && matches!(old, Some(Block::Data(_))) => {
+                    again.push(block);
+                    given += 1;
+                }
+                _ => {}
+            }
+        }
+        Self::Patch { key, layer, again }
+    }
+
     pub(super) fn apply_to_model(&self, model: &mut Model) {
         match self {
             Self::Write { key, version, first, tags } => {
@@ -226,7 +265,7 @@ impl Op {
                     }
                 }
             }
-            Self::Install { key, layer } => {
+            Self::Install { key, layer } | Self::Patch { key, layer, .. } => {
                 model.insert(*key, layer.clone());
             }
             Self::Delete { key } => {
@@ -275,6 +314,28 @@ pub(super) fn image_of(layer: &ModelLayer) -> LayerImage {
         sums.runs.push(BlockRun { range: BlockRange::new(block, 1).unwrap(), state });
     }
     LayerImage { sums, data }
+}
+
+/// The data blocks of `layer` that `old` does not hold.
+pub(super) fn new_blocks(old: &ModelLayer, layer: &ModelLayer) -> Vec<u16> {
+    let blocks = layer
+        .blocks
+        .iter()
+        .filter(|(block, new)| matches!(new, Block::Data(_)) && old.blocks.get(block) != Some(new));
+    blocks.map(|(block, _)| *block).collect()
+}
+
+/// The patch that makes it of one that holds all data blocks but those `given`.
+pub(super) fn patch_of(layer: &ModelLayer, given: &[u16]) -> LayerPatch {
+    let tags: Vec<u64> = given
+        .iter()
+        .map(|block| match layer.blocks[block] {
+            Block::Data(tag) => tag,
+            Block::Zero => panic!("only data is given"),
+        })
+        .collect();
+    let ranges = given.iter().map(|block| BlockRange::new(*block, 1).unwrap()).collect();
+    LayerPatch { sums: image_of(layer).sums, blocks: ranges, data: blocks_of(&tags).0 }
 }
 
 /// What an image says, or what is wrong with it.

@@ -155,7 +155,7 @@ fn volume_of(op: &Op) -> u64 {
         Op::Write { key, .. } | Op::Clear { key, .. } | Op::Install { key, .. } => {
             key.object.volume.0
         }
-        Op::Delete { key } | Op::Merge { key, .. } => key.object.volume.0,
+        Op::Patch { key, .. } | Op::Delete { key } | Op::Merge { key, .. } => key.object.volume.0,
         Op::DeleteVolume { volume } => volume.0,
     }
 }

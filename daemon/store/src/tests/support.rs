@@ -94,6 +94,22 @@ impl Op {
                 let expect = model.get(key).map(|layer| layer.version);
                 assert!(engine.install(*key, expect, &image_of(layer))?);
             }
+            Self::Patch { key, layer, again } => {
+                let old = &model[key];
+                let mut given = new_blocks(old, layer);
+                let patch = patch_of(layer, &given);
+                let difference = engine.compare(*key, &patch.sums).unwrap().unwrap();
+                let differing = difference.blocks.iter().flat_map(|range| range.blocks());
+                assert_eq!(difference.version, old.version);
+                assert_eq!(differing.collect::<Vec<_>>(), given, "what differs");
+                // Nothing less will do.
+                if let Some((_, fewer)) = given.split_last() {
+                    assert!(!engine.patch(*key, old.version, &patch_of(layer, fewer))?);
+                }
+                given.extend(again);
+                given.sort_unstable();
+                assert!(engine.patch(*key, old.version, &patch_of(layer, &given))?);
+            }
             Self::Delete { key } => {
                 assert_eq!(engine.delete(*key, None)?, model.contains_key(key));
             }

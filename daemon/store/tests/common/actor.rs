@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use sheepdog_store::{Applied, Payload, ReadError, Store, WriteError};
 use sheepdog_types::{BLOCK_SIZE, Layer, LayerKey, Version, WriterGen};
 
-use super::content::{Cell, Change, LayerModel, Op, bytes_of, crcs_of, identify, install_image};
+use super::content::{
+    Cell, Change, LayerModel, Op, bytes_of, crcs_of, identify, install_image, patch,
+};
 use super::history::{Event, Record};
 use super::{LAYERS, OBJECTS, Rng, all_keys, key, keys_of};
 
@@ -63,7 +65,8 @@ impl<'a, R: FnMut(Record)> Actor<'a, R> {
             0..480 => self.write(key, 1, 64),
             480..560 => self.write(key, 256, BLOCKS),
             560..650 => self.clear(key),
-            650..700 => self.install(key),
+            650..680 => self.install(key),
+            680..700 if self.layers[&key].exists() => self.patch(key),
             700..750 if self.layers[&key].exists() => self.delete(key),
             750..755 => self.delete_volume(),
             755..830 => self.flush().map(|()| None),
@@ -117,6 +120,10 @@ impl<'a, R: FnMut(Record)> Actor<'a, R> {
         self.change(key, Change::Install)
     }
 
+    pub fn patch(&mut self, key: LayerKey) -> Result<Option<WriteError>, Stopped> {
+        self.change(key, Change::Patch)
+    }
+
     pub fn delete(&mut self, key: LayerKey) -> Result<Option<WriteError>, Stopped> {
         self.change(key, Change::Delete)
     }
@@ -131,16 +138,15 @@ impl<'a, R: FnMut(Record)> Actor<'a, R> {
     pub fn change(&mut self, key: LayerKey, change: Change) -> Result<Option<WriteError>, Stopped> {
         let key = match change {
             Change::Write { .. } | Change::Clear { .. } => self.newest_from(key),
-            Change::Install | Change::Delete => key,
+            Change::Install | Change::Patch | Change::Delete => key,
         };
         let version = match change {
             Change::Delete => Version::NONE,
             _ => self.next_version(key),
         };
         let op = Op { key, version, change };
-        let prev = self.layers[&key].version;
         self.tell(Event::Begin(op));
-        let done = perform(self.store, self.seed, prev, &op);
+        let done = perform(self.store, self.seed, &self.layers[&key], &op);
         let frees = matches!(change, Change::Clear { .. } | Change::Delete);
         if self.answered(done, frees)? {
             let seed = self.seed;
@@ -234,8 +240,9 @@ impl<'a, R: FnMut(Record)> Actor<'a, R> {
     }
 }
 
-/// Does `op` to a layer at version `prev`.
-fn perform(store: &Store, seed: u64, prev: Version, op: &Op) -> Result<(), WriteError> {
+/// Does `op` to a layer that is as `old`.
+fn perform(store: &Store, seed: u64, old: &LayerModel, op: &Op) -> Result<(), WriteError> {
+    let prev = old.version;
     let payload_of = |bytes, crcs| Payload::Data { bytes, crcs };
     let write = |first, payload: Payload<'_>| {
         let applied = store.write(op.key, prev, op.version, first, payload)?;
@@ -256,6 +263,11 @@ fn perform(store: &Store, seed: u64, prev: Version, op: &Op) -> Result<(), Write
             let image = install_image(seed, op.key, op.version);
             let installed = store.install(op.key, expect, &image)?;
             assert!(installed, "{} was at the version expected", op.key);
+            Ok(())
+        }
+        Change::Patch => {
+            let patched = store.patch(op.key, prev, &patch(seed, op.key, op.version, old))?;
+            assert!(patched, "{} was as expected", op.key);
             Ok(())
         }
         Change::Delete => {

@@ -1,6 +1,8 @@
 //! Blocks that say which write of which layer they are from, and the model of one layer.
 
-use sheepdog_store::{BlockRange, BlockRun, BlockState, LayerImage, LayerSums, ReadError, Store};
+use sheepdog_store::{
+    BlockRange, BlockRun, BlockState, LayerImage, LayerPatch, LayerSums, ReadError, Store,
+};
 use sheepdog_types::{BLOCK_SIZE, BLOCKS_PER_OBJECT, LayerKey, Version, WriterGen, hash64};
 
 use super::Rng;
@@ -93,6 +95,8 @@ pub enum Change {
     },
     /// Its content follows from seed, layer and version.
     Install,
+    /// Some blocks, which follow from seed, layer and version, become others at once.
+    Patch,
     Delete,
 }
 
@@ -135,6 +139,7 @@ impl LayerModel {
                 self.cells[range(first, count)].fill(cell);
             }
             Change::Install => self.cells = install_cells(seed, op.key, op.version),
+            Change::Patch => patch_cells(seed, op.key, op.version, &mut self.cells),
             Change::Delete => self.cells.fill(Cell::Absent),
         }
         self.version = op.version;
@@ -190,19 +195,65 @@ fn install_cells(seed: u64, key: LayerKey, version: Version) -> Vec<Cell> {
     cells
 }
 
-/// The image that an install of `version` puts in place.
-pub fn install_image(seed: u64, key: LayerKey, version: Version) -> LayerImage {
-    let cells = install_cells(seed, key, version);
+/// What a patch to `version` makes of the blocks of a layer: most runs stay.
+fn patch_cells(seed: u64, key: LayerKey, version: Version, cells: &mut [Cell]) {
+    let stream =
+        header(seed, key, version, 0).into_iter().fold(9, |hash, word| hash64(hash ^ word));
+    let mut rng = Rng::new(seed, stream);
+    let longest = [3, 30, 200][rng.below(3) as usize];
+    let mut at = 0;
+    while at < cells.len() {
+        let end = cells.len().min(at + rng.between(1, longest) as usize);
+        match rng.below(8) {
+            0 => cells[at..end].fill(Cell::Data(version)),
+            1 => cells[at..end].fill(Cell::Zero),
+            2 => cells[at..end].fill(Cell::Absent),
+            _ => {}
+        }
+        at = end;
+    }
+}
+
+/// The patch that makes a layer that is as `old` what it is at `version`: it carries what is new,
+/// and of the rest the checksums only.
+pub fn patch(seed: u64, key: LayerKey, version: Version, old: &LayerModel) -> LayerPatch {
+    let mut cells = old.cells.clone();
+    patch_cells(seed, key, version, &mut cells);
+    let new: Vec<_> = blocks_where(&cells, |cell| cell == Cell::Data(version));
+    let crc = |block: u16| match cells[usize::from(block)] {
+        Cell::Data(written) => crcs_of(&bytes_of(seed, key, written, &[block])),
+        _ => Vec::new(),
+    };
+    let crcs = (0..BLOCKS_PER_OBJECT as u16).flat_map(crc).collect();
+    LayerPatch {
+        sums: LayerSums { version, runs: runs_of(&cells), crcs },
+        blocks: BlockRange::of_blocks(new.iter().copied()),
+        data: bytes_of(seed, key, version, &new),
+    }
+}
+
+fn blocks_where(cells: &[Cell], wanted: impl Fn(Cell) -> bool) -> Vec<u16> {
+    let blocks = (0..).zip(cells).filter(|(_, cell)| wanted(**cell));
+    blocks.map(|(block, _)| block).collect()
+}
+
+/// The runs of blocks that are not absent.
+fn runs_of(cells: &[Cell]) -> Vec<BlockRun> {
     let mut runs = Vec::new();
     let mut at = 0;
-    for run in cells.chunk_by(|a, b| a == b) {
+    for run in cells.chunk_by(|a, b| a.state() == b.state()) {
         let range = BlockRange::new(at, run.len()).expect("inside an object");
         runs.push(BlockRun { range, state: run[0].state() });
         at = range.end();
     }
     runs.retain(|run| run.state != BlockState::Absent);
-    let is_data = |block: &u16| matches!(cells[usize::from(*block)], Cell::Data(_));
-    let blocks: Vec<_> = (0..BLOCKS_PER_OBJECT as u16).filter(is_data).collect();
+    runs
+}
+
+/// The image that an install of `version` puts in place.
+pub fn install_image(seed: u64, key: LayerKey, version: Version) -> LayerImage {
+    let cells = install_cells(seed, key, version);
+    let blocks = blocks_where(&cells, |cell| matches!(cell, Cell::Data(_)));
     let data = bytes_of(seed, key, version, &blocks);
-    LayerImage { sums: LayerSums { version, runs, crcs: crcs_of(&data) }, data }
+    LayerImage { sums: LayerSums { version, runs: runs_of(&cells), crcs: crcs_of(&data) }, data }
 }

@@ -90,6 +90,7 @@ fn encode_op(out: &mut [u8; RECORD_BYTES], op: &Op) -> u8 {
         }
         Change::Install => (18, (0, 0), 0),
         Change::Delete => (19, (0, 0), 0),
+        Change::Patch => (20, (0, 0), 0),
     };
     (out[2], out[3]) = (op.key.object.index.0 as u8, op.key.layer.0 as u8);
     out[4..6].copy_from_slice(&first.to_le_bytes());
@@ -111,6 +112,7 @@ fn decode_op(kind: u8, bytes: &[u8; RECORD_BYTES], version: Version) -> Op {
         }
         18 => Change::Install,
         19 => Change::Delete,
+        20 => Change::Patch,
         _ => panic!("no such record: {bytes:x?}"),
     };
     Op { key: key(bytes[1], bytes[2], bytes[3]), version, change }

@@ -1,0 +1,452 @@
+//! Runs the recovery of this node's disks ([`Recovery`]), repairs what scrubs and reads found
+//! damaged, and compares complete disks with their peers now and then.
+
+mod pacer;
+
+use crate::cluster::lock;
+use crate::node::{Node, now};
+use crate::replica::{Copy, Disk, Later, Moved};
+pub use pacer::Clients;
+use pacer::Pacer;
+use sheepdog_cluster::command::{Command, DiskInfo};
+use sheepdog_cluster::message::{Call, Failure, Reply};
+use sheepdog_cluster::recovery::{Effect, Local, Progress, Recovery, Stage};
+use sheepdog_cluster::resync::Action;
+use sheepdog_cluster::view::View;
+use sheepdog_types::{BLOCK_SIZE, DiskId, Epoch, LayerKey, SlotId, Version};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::{Duration, Instant};
+use tokio::sync::Notify;
+use tokio::time::{sleep, sleep_until, timeout};
+
+/// How often a recovery that waits for something passing is looked at again.
+const TICK: Duration = Duration::from_millis(200);
+/// How often damaged blocks are looked for, and a full disk for space.
+const TEND: Duration = Duration::from_secs(5);
+/// How often a complete disk is compared with its peers.
+const CHECK: Duration = Duration::from_secs(3600);
+/// Rates are measured over this time.
+const RATE_WINDOW: Duration = Duration::from_secs(10);
+/// A disk that was full takes part again when this share of it is free.
+const ROOM: u64 = 20;
+/// How long the agreed state may take to say what was just proposed.
+const APPLY: Duration = Duration::from_secs(5);
+
+/// The recovery of all disks of this node.
+pub struct Recoveries {
+    pacer: Pacer,
+    disks: Mutex<BTreeMap<DiskId, Arc<Entry>>>,
+}
+
+/// How far the recovery of a disk is.
+#[derive(Clone, Debug)]
+pub struct DiskProgress {
+    /// The disk.
+    pub disk: DiskId,
+    /// What the recovery says of itself.
+    pub progress: Progress,
+    /// What this pass has moved.
+    pub moved: Moved,
+    /// Bytes moved per second, lately.
+    pub bytes_per_second: u64,
+    /// Seconds until it is done, as far as that can be told.
+    pub eta_seconds: Option<u64>,
+    /// The disk has no room for what it should hold, so it was taken out of service.
+    pub full: bool,
+}
+
+struct Entry {
+    disk: Arc<Disk>,
+    machine: Mutex<Recovery>,
+    /// An effect is done.
+    wake: Notify,
+    meter: Mutex<Meter>,
+}
+
+/// What moved, and when.
+#[derive(Debug)]
+struct Meter {
+    moved: Moved,
+    recent: VecDeque<(Instant, u64)>,
+    /// When copying began, and the slots that were done then.
+    copying: Option<(Instant, u64)>,
+    /// The operator's bandwidth allows the next step then.
+    not_before: Instant,
+    full: bool,
+}
+
+impl Meter {
+    fn new() -> Self {
+        Self {
+            moved: Moved::default(),
+            recent: VecDeque::new(),
+            copying: None,
+            not_before: Instant::now(),
+            full: false,
+        }
+    }
+
+    fn note(&mut self, moved: Moved, bandwidth: u64) {
+        let now = Instant::now();
+        self.moved += moved;
+        self.recent.push_back((now, moved.bytes));
+        self.forget_old(now);
+        if bandwidth > 0 {
+            let time = Duration::from_secs_f64(moved.bytes as f64 / bandwidth as f64);
+            self.not_before = self.not_before.max(now) + time;
+        }
+    }
+
+    fn forget_old(&mut self, now: Instant) {
+        while self.recent.front().is_some_and(|(at, _)| now - *at > RATE_WINDOW) {
+            self.recent.pop_front();
+        }
+    }
+
+    fn rate(&mut self) -> u64 {
+        self.forget_old(Instant::now());
+        let bytes: u64 = self.recent.iter().map(|(_, bytes)| bytes).sum();
+        let since = self.recent.front().map_or(RATE_WINDOW, |(at, _)| at.elapsed());
+        (bytes as f64 / since.as_secs_f64().max(0.5)) as u64
+    }
+
+    /// Notes where the recovery is; gives the seconds that are left.
+    fn estimate(&mut self, progress: &Progress) -> Option<u64> {
+        if progress.stage != Stage::Copying {
+            self.copying = None;
+            return None;
+        }
+        let (began, before) =
+            *self.copying.get_or_insert_with(|| (Instant::now(), progress.slots_done));
+        let done = progress.slots_done.saturating_sub(before);
+        let left = progress.slots_total.saturating_sub(progress.slots_done);
+        (done > 0).then(|| (began.elapsed().as_secs_f64() * left as f64 / done as f64) as u64)
+    }
+}
+
+struct LocalDisk<'a>(&'a Disk);
+
+impl Local for LocalDisk<'_> {
+    fn layers(&self, slot: SlotId) -> Vec<(LayerKey, Version)> {
+        self.0.store.list(slot).into_iter().map(|stat| (stat.key, stat.version)).collect()
+    }
+}
+
+impl Recoveries {
+    /// Recoveries that let these clients go first.
+    #[must_use]
+    pub fn new(clients: Arc<Clients>) -> Self {
+        Self { pacer: Pacer::new(clients), disks: Mutex::default() }
+    }
+
+    /// How far each disk is.
+    #[must_use]
+    pub fn progress(&self) -> Vec<DiskProgress> {
+        let entries: Vec<Arc<Entry>> = lock(&self.disks).values().cloned().collect();
+        let describe = |entry: Arc<Entry>| {
+            let progress = lock(&entry.machine).progress().clone();
+            let mut meter = lock(&entry.meter);
+            DiskProgress {
+                disk: entry.disk.id,
+                moved: meter.moved,
+                bytes_per_second: meter.rate(),
+                eta_seconds: meter.estimate(&progress),
+                full: meter.full,
+                progress,
+            }
+        };
+        entries.into_iter().map(describe).collect()
+    }
+
+    /// Compares the disks that count as complete with their peers.
+    pub fn check(&self) {
+        for entry in lock(&self.disks).values() {
+            lock(&entry.machine).check();
+            entry.wake.notify_one();
+        }
+    }
+}
+
+/// Recovers the disks of this node whenever the agreed state says that they need it.
+pub async fn run(node: Arc<Node>) {
+    let mut changes = node.cluster.changes(); // a disk that comes or goes is agreed
+    loop {
+        changes.borrow_and_update();
+        let disks: Vec<Arc<Disk>> = node.replica.disks();
+        {
+            let mut known = lock(&node.recoveries.disks);
+            known.retain(|_, entry| disks.iter().any(|disk| Arc::ptr_eq(disk, &entry.disk)));
+            for disk in disks {
+                known.entry(disk.id).or_insert_with(|| {
+                    let machine = Recovery::new(node.cluster.node, disk.id, node.cluster.view());
+                    let entry = Arc::new(Entry {
+                        disk,
+                        machine: Mutex::new(machine),
+                        wake: Notify::new(),
+                        meter: Mutex::new(Meter::new()),
+                    });
+                    crate::tasks::until_stop(&node, |node| drive(node, Arc::clone(&entry)));
+                    entry
+                });
+            }
+        }
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Runs the recovery of one disk until the node has it no more.
+async fn drive(node: Arc<Node>, entry: Arc<Entry>) {
+    let mut changes = node.cluster.changes();
+    let mut tend_at = tokio::time::Instant::now() + TEND;
+    // Not all disks at once.
+    let spread = CHECK.mul_f64((entry.disk.id.0 % 1000) as f64 / 1000.0);
+    let mut check_at = tokio::time::Instant::now() + spread;
+    while node.replica.disk(entry.disk.id).is_some_and(|disk| Arc::ptr_eq(&disk, &entry.disk)) {
+        changes.borrow_and_update();
+        let may_act = work(&node, &entry);
+        let wants_tick = !may_act || lock(&entry.machine).wants_tick();
+        tokio::select! {
+            changed = changes.changed() => if changed.is_err() { return },
+            () = entry.wake.notified() => {}
+            () = sleep(TICK), if wants_tick => lock(&entry.machine).handle_tick(),
+            () = sleep_until(tend_at) => {
+                tend(&node, &entry).await;
+                tend_at = tokio::time::Instant::now() + TEND;
+            }
+            () = sleep_until(check_at) => {
+                lock(&entry.machine).check();
+                check_at = tokio::time::Instant::now() + CHECK;
+            }
+        }
+    }
+}
+
+/// Begins all that can be done now. False while this node may not act at all.
+fn work(node: &Arc<Node>, entry: &Arc<Entry>) -> bool {
+    let view = node.cluster.view();
+    if !node.cluster.may_serve(&view) {
+        return false;
+    }
+    // Digests of all slots take some milliseconds.
+    let effects = tokio::task::block_in_place(|| {
+        let mut machine = lock(&entry.machine);
+        let was = machine.progress().stage;
+        machine.handle_view(view);
+        let local = LocalDisk(&entry.disk);
+        let effects: Vec<Effect> = std::iter::from_fn(|| machine.poll_effect(&local)).collect();
+        if was == Stage::Idle && machine.progress().stage != Stage::Idle {
+            let full = lock(&entry.meter).full;
+            *lock(&entry.meter) = Meter { full, ..Meter::new() };
+        }
+        let view = Arc::clone(machine.view());
+        effects.into_iter().map(|effect| (effect, Arc::clone(&view))).collect::<Vec<_>>()
+    });
+    for (effect, view) in effects {
+        let (node, entry) = (Arc::clone(node), Arc::clone(entry));
+        tokio::spawn(async move {
+            let mut stopping = node.stopping.subscribe();
+            tokio::select! {
+                () = carry_out(&node, &entry, effect, &view) => entry.wake.notify_one(),
+                _ = stopping.wait_for(|stop| *stop) => {}
+            }
+        });
+    }
+    true
+}
+
+async fn carry_out(node: &Arc<Node>, entry: &Arc<Entry>, effect: Effect, view: &Arc<View>) {
+    match effect {
+        Effect::Call { id, call, .. } => {
+            let (asker, view) = (Arc::clone(node), Arc::clone(view));
+            let reply = tokio::task::spawn_blocking(move || ask(&asker, &view, call)).await;
+            lock(&entry.machine).handle_reply(id, reply.ok().flatten());
+        }
+        Effect::Act { id, action } => {
+            let outcome = step(node, entry, action, view).await;
+            lock(&entry.machine).handle_done(id, outcome);
+        }
+        Effect::Finish { id, command } => {
+            let outcome = finish(node, entry, command).await;
+            lock(&entry.machine).handle_done(id, outcome);
+        }
+    }
+}
+
+fn ask(node: &Node, view: &View, call: Call) -> Option<Reply> {
+    if view.node_of(call.disk) == Some(node.cluster.node) {
+        let (sender, receiver) = mpsc::sync_channel(1);
+        let later = || -> Later { Box::new(move |answer| _ = sender.try_send(answer)) };
+        let answer = node.replica.execute(&call, &[], &[], later);
+        return answer.or_else(|| receiver.recv().ok()).map(|answer| answer.reply);
+    }
+    match node.peers.ask(view, call.disk, call.request) {
+        Ok(answer) => Some(answer.reply),
+        Err(error) => {
+            tracing::debug!(disk = %call.disk, %error, "no answer to a question of the recovery");
+            None
+        }
+    }
+}
+
+/// One step on the disk, when clients and operator allow it.
+async fn step(
+    node: &Arc<Node>,
+    entry: &Arc<Entry>,
+    action: Action,
+    view: &View,
+) -> Result<(), Failure> {
+    let bandwidth = view.settings.recovery_max_bandwidth;
+    loop {
+        let limit = lock(&entry.meter).not_before.saturating_duration_since(Instant::now());
+        if !limit.is_zero() {
+            sleep(limit).await;
+            continue;
+        }
+        match node.recoveries.pacer.begin(Instant::now()) {
+            Some(pause) => sleep(pause).await,
+            None => break,
+        }
+    }
+    let (worker, disk, epoch) = (Arc::clone(node), Arc::clone(&entry.disk), view.epoch);
+    let began = Instant::now();
+    let outcome = tokio::task::spawn_blocking(move || act(&worker, &disk, epoch, action)).await;
+    let ended = Instant::now();
+    node.recoveries.pacer.end(ended, ended - began);
+    let moved = outcome.unwrap_or(Err(Failure::Disk))?;
+    lock(&entry.meter).note(moved, bandwidth);
+    Ok(())
+}
+
+fn act(node: &Node, disk: &Disk, epoch: Epoch, action: Action) -> Result<Moved, Failure> {
+    match action {
+        Action::Copy { key, expect, from, target } => {
+            node.replica.recover(disk, Copy { key, expect, from, target }, epoch, None)
+        }
+        Action::Delete { key } => {
+            let view = node.cluster.view();
+            if view.epoch != epoch || !node.cluster.may_serve(&view) {
+                return Err(Failure::Source);
+            }
+            let deleted = disk.store.delete(key);
+            deleted.map(|_| Moved::default()).map_err(|error| {
+                tracing::error!(%key, disk = %disk.id, %error, "cannot delete a layer");
+                Failure::Disk
+            })
+        }
+    }
+}
+
+async fn finish(
+    node: &Arc<Node>,
+    entry: &Arc<Entry>,
+    command: Option<Command>,
+) -> Result<(), Failure> {
+    let disk = Arc::clone(&entry.disk);
+    let flushed = tokio::task::spawn_blocking(move || disk.store.flush_wait()).await;
+    if !matches!(flushed, Ok(Ok(()))) {
+        return Err(Failure::Disk);
+    }
+    let (id, layers) = (entry.disk.id, lock(&entry.machine).progress().layers_done);
+    let Some(Command::Synced { disk, incarnation, basis, .. }) = command else {
+        if layers > 0 {
+            tracing::warn!(disk = %id, layers, "differed from the other replicas and was made equal");
+        }
+        return Ok(());
+    };
+    let command = Command::Synced { disk, incarnation, basis, at: now() };
+    let answer = node.propose(&command).await;
+    if !matches!(answer, Ok(Ok(_))) {
+        tracing::info!(disk = %id, ?answer, "cannot tell the cluster that the disk is complete");
+        return Err(Failure::Source);
+    }
+    node.wait_for(APPLY, |state| {
+        state.disks.get(&id).is_none_or(|d| d.sync_from.is_none_or(|from| from > basis))
+    })
+    .await;
+    let Moved { blocks, .. } = lock(&entry.meter).moved;
+    tracing::info!(disk = %id, layers, blocks, epoch = %basis, "the disk is synchronised");
+    Ok(())
+}
+
+/// What needs a look now and then.
+async fn tend(node: &Arc<Node>, entry: &Arc<Entry>) {
+    let view = node.cluster.view();
+    if !node.cluster.may_serve(&view) || entry.disk.store.failure().is_some() {
+        return;
+    }
+    if let Err(problem) = mind_space(node, entry, &view).await {
+        tracing::info!(disk = %entry.disk.id, problem, "cannot tell the cluster of a full disk");
+    }
+    if view.is_up(entry.disk.id) && !entry.disk.store.damage().blocks.is_empty() {
+        let (worker, disk) = (Arc::clone(node), Arc::clone(&entry.disk));
+        let repair = tokio::task::spawn_blocking(move || repair(&worker, &disk, &view));
+        let _ = timeout(CHECK, repair).await; // each step of it is bounded by itself
+    }
+}
+
+/// A disk without room for what it lacks would keep its objects waiting for ever: it leaves service,
+/// and comes back when there is room again.
+async fn mind_space(node: &Arc<Node>, entry: &Arc<Entry>, view: &View) -> Result<(), String> {
+    let id = entry.disk.id;
+    let incarnation = node.cluster.incarnation();
+    let full = lock(&entry.meter).full;
+    let problem = lock(&entry.machine).progress().problem;
+    if view.is_up(id) {
+        lock(&entry.meter).full = false;
+        if problem != Some(Failure::NoSpace) {
+            return Ok(());
+        }
+        let reason = "it is full and lacks data; free space, or add disks".to_string();
+        tracing::error!(disk = %id, reason, "the disk leaves service");
+        lock(&entry.meter).full = true;
+        let command = Command::DiskDown { disk: id, incarnation, reason, at: now() };
+        node.propose(&command).await?.map_err(|refusal| refusal.to_string())?;
+    } else if full {
+        let usage = entry.disk.store.usage();
+        if (usage.capacity.saturating_sub(usage.used)) * ROOM < usage.capacity {
+            return Ok(());
+        }
+        let weight = node.weight_of(id).unwrap_or(1);
+        let disk = DiskInfo { id, weight };
+        let command = Command::DiskUp { node: node.cluster.node, incarnation, disk, at: now() };
+        node.propose(&command).await?.map_err(|refusal| refusal.to_string())?;
+        tracing::info!(disk = %id, "the disk has room again and is back in service");
+    }
+    Ok(())
+}
+
+/// Repairs what is known to be damaged on a disk from replicas that lack nothing. Objects in use are
+/// repaired by their gateways as well.
+fn repair(node: &Node, disk: &Disk, view: &View) {
+    let layers: BTreeSet<LayerKey> = disk.store.damage().blocks.iter().map(|b| b.key).collect();
+    for key in layers {
+        let Some(volume) = view.volumes.get(&key.object.volume) else { continue };
+        let Some(version) = disk.store.stat(key).map(|stat| stat.version) else { continue };
+        let home = view.home(key.object.slot(), usize::from(volume.spec.copies));
+        let good = |d: &DiskId| {
+            *d != disk.id
+                && view.disks.get(d).is_some_and(|d| {
+                    d.up && d.missed_since.is_none() && !d.restarted && d.sync_from.is_none()
+                })
+        };
+        let repaired = home.iter().filter(good).any(|from| {
+            match node.replica.repair(disk, key, from, version, view.epoch) {
+                Ok(moved) => {
+                    let bytes = moved.blocks * BLOCK_SIZE as u64;
+                    tracing::warn!(%key, disk = %disk.id, %from, bytes, "repaired damaged blocks");
+                    true
+                }
+                Err(failure) => {
+                    tracing::debug!(%key, %from, %failure, "not repaired from this replica");
+                    false
+                }
+            }
+        });
+        if !repaired {
+            tracing::warn!(%key, disk = %disk.id, "no whole replica at the same version to repair from");
+        }
+    }
+}
