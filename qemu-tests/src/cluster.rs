@@ -109,6 +109,22 @@ impl Cluster {
 
     /// As [`Cluster::add_node`], with further arguments for its daemon at each start.
     pub fn add_node_with(&mut self, lab: &Lab, args: &[&str]) -> usize {
+        let join = self.running().next().map(|member| self.address(member));
+        let index = self.push_node(lab, args);
+        self.launch(index, join);
+        self.wait_listening(index);
+        index
+    }
+
+    /// Starts `count` more nodes at the same moment and waits for their ports.
+    pub fn add_nodes(&mut self, lab: &Lab, count: usize) {
+        let join = self.running().next().map(|member| self.address(member));
+        let added: Vec<usize> = (0..count).map(|_| self.push_node(lab, &[])).collect();
+        added.iter().for_each(|index| self.launch(*index, join.clone()));
+        added.iter().for_each(|index| self.wait_listening(*index));
+    }
+
+    fn push_node(&mut self, lab: &Lab, args: &[&str]) -> usize {
         let index = self.nodes.len();
         let name = format!("node{index}");
         let mut args: Vec<_> = args.iter().map(|arg| (*arg).to_owned()).collect();
@@ -118,25 +134,8 @@ impl Cluster {
         };
         args.extend(self.net.is_some().then(|| "--insecure".to_owned()));
         let (dir, log) = (lab.path(&name), lab.log(&name));
-        let join = self.running().next().map(|member| self.address(member));
         self.nodes.push(Node { ip, port, dir, log, args, process: None });
-        self.launch(index, join);
-        self.wait_listening(index);
         index
-    }
-
-    /// Starts `count` more nodes at the same moment and waits for their ports.
-    pub fn add_nodes(&mut self, lab: &Lab, count: usize) {
-        let join = self.running().next().map(|member| self.address(member));
-        let first = self.nodes.len();
-        for index in first..first + count {
-            let name = format!("node{index}");
-            let [port] = free_ports();
-            let (dir, log) = (lab.path(&name), lab.log(&name));
-            self.nodes.push(Node { port, dir, log, args: Vec::new(), process: None });
-            self.launch(index, join.clone());
-        }
-        (first..first + count).for_each(|index| self.wait_listening(index));
     }
 
     fn launch(&mut self, index: usize, join: Option<String>) {
