@@ -1,7 +1,7 @@
 //! The cluster as the data path sees it: an immutable picture of one revision of the state.
 
 use crate::command::MAX_COPIES;
-use crate::history::{EpochRecord, Forgotten, Standing, last_active, needed_at_home};
+use crate::history::{EpochRecord, Forgotten, Standing, holders, needed_at_home};
 use crate::ring::{Member, Ring};
 use crate::settings::Settings;
 use crate::state::{ClusterState, RingMembers, Volume};
@@ -365,8 +365,8 @@ impl View {
     /// The up disks of a slot whose newest version counts.
     ///
     /// A disk that was never away and not restarted has every acknowledged write. Without one,
-    /// every disk that was there in the last epoch with writes has all flushed ones, and the newest
-    /// version among them counts.
+    /// every disk that was there whenever the slot took writes ([`holders`]) has all flushed ones,
+    /// and the newest version among them counts.
     fn authorities(&self, home: &Disks, min_copies: usize) -> Result<Disks, Waiting> {
         let view = |disk: &DiskId| self.disks.get(disk);
         let up_with = |keep: &dyn Fn(&DiskView) -> bool| -> Disks {
@@ -383,17 +383,15 @@ impl View {
                 Some(Standing { disk, up, out, missed_since })
             })
             .collect();
-        let eligible = match last_active(&self.history, &standings, min_copies) {
-            Ok(Some(epoch)) => {
-                let covering: Vec<DiskId> =
-                    standings.iter().filter(|s| s.covers(epoch)).map(|s| s.disk).collect();
-                let up: Disks = covering.iter().copied().filter(|d| self.is_up(*d)).collect();
+        let eligible = match holders(&self.history, &standings, min_copies) {
+            Ok(holding) if holding.is_empty() => up_with(&|_| true),
+            Ok(holding) => {
+                let up: Disks = holding.iter().copied().filter(|d| self.is_up(*d)).collect();
                 if up.is_empty() {
-                    return Err(Waiting::For(covering));
+                    return Err(Waiting::For(holding));
                 }
                 up
             }
-            Ok(None) => up_with(&|_| true),
             // The operator knows that it takes what is left, however old.
             Err(Forgotten) if home.iter().any(|d| view(&d).is_none_or(|v| v.lost)) => {
                 up_with(&|_| true)

@@ -1,55 +1,61 @@
 //! Whole clusters under random faults, from seeds: `SEED=n` replays one, `SEEDS=n` runs so many
-//! from `FIRST=n` on, `TRACE=1` prints every message.
+//! from `FIRST=n` on, `TRACE=1` prints what happens. `scripts/simulate` does the same by hand.
 
 #![allow(clippy::unwrap_used)] // helpers of tests
 
 mod sim;
 
-use sim::{Mutant, Options, Stats, run};
-use std::panic::catch_unwind;
+use sim::cli::{run_seed, run_seeds};
+use sim::world::{Mutant, Options, run};
 
-const DEFAULT_SEEDS: u64 = 250;
+const DEFAULT_SEEDS: u64 = 100;
 /// Seeds within which a mutant has to be found.
-const MUTANT_SEEDS: u64 = 800;
+const MUTANT_SEEDS: u64 = 2000;
 
-fn seeds(default: u64) -> std::ops::Range<u64> {
-    let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<u64>().ok());
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().and_then(|v| v.parse().ok())
+}
+
+fn seeds() -> std::ops::Range<u64> {
     match number("SEED") {
         Some(seed) => seed..seed + 1,
         None => {
             let first = number("FIRST").unwrap_or(1);
-            first..first + number("SEEDS").unwrap_or(default)
+            first..first + number("SEEDS").unwrap_or(DEFAULT_SEEDS)
         }
     }
 }
 
 #[test]
 fn guests_see_nothing_but_what_they_wrote() {
-    let mut total = Stats::default();
-    let mut failures = Vec::new();
-    for seed in seeds(DEFAULT_SEEDS) {
-        match run(Options { seed, mutant: Mutant::None }) {
-            Ok(stats) => {
-                total.steps += stats.steps;
-                total.requests += stats.requests;
-                total.epochs += stats.epochs;
-                total.crashes += stats.crashes;
-                total.takeovers += stats.takeovers;
-                total.recovered += stats.recovered;
-            }
-            Err(problem) => failures.push(format!("seed {seed}: {problem}")),
-        }
-    }
-    println!("{total:?}");
+    let live = number("TRACE").is_some();
+    let threads = if live { 1 } else { 2 };
+    let summary = run_seeds(seeds(), Options { live, ..Options::seed(0) }, threads, false);
+    println!("{:?}", summary.stats);
+    let failures: Vec<String> =
+        summary.failures.iter().map(|(seed, problem)| format!("seed {seed}: {problem}")).collect();
     assert!(failures.is_empty(), "{} failed:\n{}", failures.len(), failures.join("\n"));
+}
+
+#[test]
+fn a_seed_is_the_same_run_again() {
+    for seed in 1..=3 {
+        let options = Options { trace: true, ..Options::seed(seed) };
+        let (_, first) = run(options).unwrap();
+        let (_, second) = run(options).unwrap();
+        assert!(first.len() > 300, "{}", first.len());
+        for (a, b) in first.iter().zip(&second) {
+            assert_eq!(a, b);
+        }
+        assert_eq!(first.len(), second.len());
+    }
 }
 
 /// The number of seeds until the simulator finds `mutant`.
 fn find(mutant: Mutant) -> u64 {
     for seed in 1..=MUTANT_SEEDS {
-        let outcome = catch_unwind(|| run(Options { seed, mutant }));
-        if !matches!(outcome, Ok(Ok(_))) {
-            println!("{mutant:?} found by seed {seed}: {outcome:?}");
+        if let Err(failure) = run_seed(Options { mutant, ..Options::seed(seed) }) {
+            println!("{mutant:?} found by seed {seed}: {}", failure.problem);
             return seed;
         }
     }
@@ -71,4 +77,10 @@ finds! {
     a_recovery_that_copies_nothing_is_found: RecoverNothing,
     a_sync_that_copies_nothing_is_found: SyncNothing,
     a_replica_that_ignores_checksums_is_found: ReadDamaged,
+    a_node_that_serves_without_a_lease_is_found: NoSelfFence,
+    a_gateway_that_believes_incomplete_replicas_is_found: ServeIncomplete,
+    a_node_that_forgets_a_delete_is_found: ForgetDelete,
+    a_write_that_counts_too_early_is_found: AckAtMinCopies,
+    a_placement_that_counts_too_early_is_found: PromoteEarly,
+    a_sync_that_is_not_flushed_is_found: SyncedWithoutFlush,
 }

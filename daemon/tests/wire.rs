@@ -5,7 +5,7 @@
 use serde_json::Value;
 use sheepdog::wire::{HELLO_LEN, Hello, Kind};
 use sheepdog_cluster::message::{
-    self, Body, Call, FRAME_HEADER, Failure, Reject, Reply, Request, frame_len,
+    self, Body, Call, FRAME_HEADER, Failure, Reject, Reply, Request, Run, Span, frame_len,
 };
 use sheepdog_types::{
     BLOCK_SIZE, ClusterId, DiskId, Epoch, Layer, LayerKey, NodeId, ObjectId, ObjectIndex, Version,
@@ -199,6 +199,33 @@ fn i5_and_i7_gaps_and_damage_are_not_written() {
     assert_eq!(damaged, Reply::Failed(Failure::Checksum { block: 0 }));
     let stat = Request::Stat { key: wire.key() };
     assert_eq!(wire.ask(stat), Reply::Version { version: Version::NONE });
+}
+
+#[test]
+fn what_copies_a_layer_gets_its_sums_and_its_blocks_at_one_version_only() {
+    let lab = Lab::start();
+    let mut wire = lab.connect();
+    let none = Reply::Sums { version: Version::NONE, runs: vec![], crcs: vec![] };
+    let key = wire.key();
+    assert_eq!(wire.ask(Request::Sums { key }), none);
+    assert_eq!(wire.ask(wire.write(Version::NONE)), Reply::Done);
+    let version = Version::NONE.next(wire.writer);
+    let sums = wire.ask(Request::Sums { key });
+    let crcs = vec![crc32c::crc32c(&[7; BLOCK_SIZE])];
+    let runs = vec![Run { first: 0, count: 1, zero: false }];
+    assert_eq!(sums, Reply::Sums { version, runs, crcs });
+    let blocks = |version, first, count| Request::FetchBlocks {
+        key,
+        version,
+        spans: vec![Span { first, count }],
+    };
+    assert_eq!(wire.ask(blocks(version, 0, 1)), Reply::Data { count: 1 });
+    let older = wire.ask(blocks(Version::NONE, 0, 1));
+    assert_eq!(older, Reply::Failed(Failure::Behind { have: version }));
+    let malformed = Reply::Rejected(Reject::Malformed);
+    for (first, count) in [(0, 2), (5, 1), (0, 0), (1023, 2)] {
+        assert_eq!(wire.ask(blocks(version, first, count)), malformed, "{first}, {count}");
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@ use super::request::{Kind, Piece, PieceKind};
 use super::{Gateway, Purpose, is_passing};
 use crate::message::{Reply, Request};
 use sheepdog_types::{BlockError, DiskId, Epoch, OBJECT_SIZE, ObjectIndex, Token};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 /// What is not durable yet.
 #[derive(Debug, Default)]
@@ -14,7 +14,7 @@ pub(super) struct FlushState {
     /// Last write to each disk, and the epoch in which the disk became dirty.
     dirty: BTreeMap<DiskId, Dirty>,
     /// Last write to each object.
-    unflushed: HashMap<ObjectIndex, u64>,
+    unflushed: BTreeMap<ObjectIndex, u64>,
     /// A dirty disk went away or was restarted: the objects have to be compared before a flush.
     verify: bool,
     /// Acknowledged writes are gone; the next flush has to say so.

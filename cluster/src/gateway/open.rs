@@ -173,7 +173,15 @@ impl Gateway {
         self.flush.note_write(disk, index); // a flush may have overtaken the copy
         let Some(opening) = self.object(index).work().opening.as_mut() else { return };
         opening.recovering.retain(|d| *d != disk);
-        if opening.recovering.is_empty() {
+        if !opening.recovering.is_empty() {
+            return;
+        }
+        if opening.versions.iter().any(|(_, version)| *version > opening.target) {
+            // A disk that synchronises itself may have begun to copy what was just undone. To ask
+            // again ends such copies; those that begin from now on find nothing of it.
+            self.cancel_opening(index);
+            self.open_if_possible(index);
+        } else {
             self.finish_opening(index);
         }
     }

@@ -54,13 +54,46 @@ pub struct Checker {
     running: BTreeMap<u64, Operation>,
 }
 
-/// The byte that `value` puts at `offset`.
-pub fn byte(value: Value, offset: u64) -> u8 {
-    if value == 0 { 0 } else { (mix((u64::from(value) << 40) ^ offset) >> 13) as u8 | 1 }
+/// The eight bytes that `value` puts at `8 * word`.
+fn word(value: Value, word: u64) -> [u8; 8] {
+    if value == 0 {
+        return [0; 8];
+    }
+    (mix((u64::from(value) << 40) ^ word) | 0x0101_0101_0101_0101).to_le_bytes()
 }
 
+/// Calls `part` with each word of a range and the part of it that is inside.
+fn words(value: Value, range: &Range<u64>, mut part: impl FnMut(&[u8]) -> bool) -> bool {
+    let mut offset = range.start;
+    while offset < range.end {
+        let (at, skip) = (offset / 8, (offset % 8) as usize);
+        let end = (at * 8 + 8).min(range.end);
+        if !part(&word(value, at)[skip..skip + (end - offset) as usize]) {
+            return false;
+        }
+        offset = end;
+    }
+    true
+}
+
+/// What `value` puts into a range.
 pub fn pattern(value: Value, range: Range<u64>) -> Vec<u8> {
-    range.map(|offset| byte(value, offset)).collect()
+    let mut bytes = Vec::with_capacity((range.end - range.start) as usize);
+    words(value, &range, |part| {
+        bytes.extend_from_slice(part);
+        true
+    });
+    bytes
+}
+
+/// Whether `bytes` are what `value` puts into a range.
+fn is_pattern(value: Value, range: &Range<u64>, bytes: &[u8]) -> bool {
+    let mut at = 0;
+    words(value, range, |part| {
+        let same = bytes[at..at + part.len()] == *part;
+        at += part.len();
+        same
+    })
 }
 
 impl Checker {
@@ -145,8 +178,8 @@ impl Checker {
             let cell = &mut self.cells[at];
             let skip = (cell.bytes.start - op.offset) as usize;
             let got = &data[skip..skip + (cell.bytes.end - cell.bytes.start) as usize];
-            let is = |v: Value| cell.bytes.clone().zip(got).all(|(o, b)| byte(v, o) == *b);
-            let found: Vec<Value> = legal.iter().copied().filter(|v| is(*v)).collect();
+            let is = |v: &Value| is_pattern(*v, &cell.bytes, got);
+            let found: Vec<Value> = legal.iter().copied().filter(is).collect();
             let Some(&value) = found.last() else {
                 return Err(format!(
                     "read {tag} of {:?} returned {:?}..., legal: {legal:?}, began {}, now {now}, {:?}",
@@ -161,6 +194,19 @@ impl Checker {
             }
         }
         Ok(())
+    }
+
+    /// When a running operation began.
+    pub fn began(&self, tag: u64) -> Option<Time> {
+        self.running.get(&tag).map(|op| op.begin)
+    }
+
+    pub fn is_flush(&self, tag: u64) -> bool {
+        self.running.get(&tag).is_some_and(|op| match op.kind {
+            Kind::Flush => true,
+            Kind::Write { fua, .. } => fua,
+            Kind::Read => false,
+        })
     }
 
     /// An operation failed, or nobody will ever answer it: it may have happened or not.

@@ -1,210 +1,294 @@
-//! What goes wrong, and how nodes come back.
+//! What goes wrong, and how it ends.
 
-use super::world::{Mode, World};
-use sheepdog_cluster::command::Command;
+use super::topology::{duration, random_copies};
+use super::world::World;
 
 impl World {
-    pub fn run_faults(&mut self) {
-        self.break_some_link();
-        match self.mode {
-            Mode::Careful | Mode::Wild => self.crash_something(),
-            Mode::Rot => self.rot(),
-            Mode::Full => self.fill(),
-        }
-        if self.mode != Mode::Rot && self.nodes.len() < 5 && self.rng.chance(1) {
-            self.add_node();
-        }
-        if self.junk.is_some() && self.rng.chance(2) {
-            self.junk = None;
-            let _ = self.propose(Command::DeleteVolume { name: "junk".into() });
-        }
-        if self.rng.chance(1) {
-            self.hand_over();
-        }
+    fn happens(&mut self, per_million: u64) -> bool {
+        per_million > 0 && self.rng.below(1_000_000) < per_million
     }
 
-    fn break_some_link(&mut self) {
-        if self.rng.chance(8) && !self.instances.is_empty() {
+    fn some_node(&mut self) -> usize {
+        self.rng.below(self.nodes.len() as u64) as usize
+    }
+
+    /// Whether another failure would be one too many for what is demanded otherwise: half of the
+    /// losses are left to be survived in peace.
+    fn spared(&mut self) -> bool {
+        self.tainted && !self.doubled && self.now / 512 % 2 == 0
+    }
+
+    pub fn run_faults(&mut self) {
+        self.end_faults();
+        let plan = self.plan;
+        if self.happens(plan.reset) && !self.instances.is_empty() {
             let from = self.rng.below(self.instances.len() as u64) as usize;
-            let to = self.rng.below(self.nodes.len() as u64) as usize;
+            let to = self.some_node();
             self.break_link(from, to);
         }
+        if !self.spared() {
+            self.fail_nodes();
+            self.fail_network();
+            self.fail_disks();
+        }
+        self.change_things();
     }
 
-    fn crash_something(&mut self) {
-        let at = self.rng.below(self.nodes.len() as u64) as usize;
-        match self.rng.below(1000) {
-            0..=3 => self.kill(at, false),
-            4 if self.mode == Mode::Wild => self.kill(at, true),
-            4 if self.complete() && self.nodes.iter().all(|n| n.alive && n.lease) => {
-                self.kill(at, true);
+    fn fail_nodes(&mut self) {
+        let plan = self.plan;
+        if self.happens(plan.crash) {
+            let at = self.some_node();
+            self.crash(at);
+        }
+        if self.happens(plan.power) {
+            let at = self.some_node();
+            self.lose_power(at);
+        }
+        if self.happens(plan.blackout) {
+            self.lose_all_power(false, true);
+        }
+        if self.happens(plan.freeze) {
+            let at = self.some_node();
+            if self.nodes[at].runs(self.now) {
+                let until = duration(&mut self.rng, self.now);
+                self.freeze(at, until);
             }
-            5 if self.mode == Mode::Wild && self.rng.chance(300) => {
-                self.lose_all_power(false, true);
-            }
-            6 => self.isolate(at),
-            _ => {}
+        }
+        if self.happens(plan.slow) {
+            let (at, factor) = (self.some_node(), self.rng.range(3, 40));
+            let until = duration(&mut self.rng, self.now);
+            note!(self, "n{} is slow until t={until}", at + 1);
+            self.nodes[at].slow = (factor, until);
         }
     }
 
-    /// A lossy failure of one node in a careful run: no other until all is complete again.
-    fn must_wait(&self) -> bool {
-        self.mode == Mode::Careful && self.tainted
-    }
-
-    fn kill(&mut self, at: usize, power: bool) {
-        if !self.nodes[at].alive || self.must_wait() {
-            return;
+    fn fail_network(&mut self) {
+        let plan = self.plan;
+        let (a, b) = (self.some_node(), self.some_node());
+        if self.happens(plan.cut) {
+            self.cut(a, b);
+            self.cut(b, a);
+            self.heal_later();
         }
-        if self.trace {
-            eprintln!("{} kill {at} power {power}", self.now);
+        if self.happens(plan.one_way) {
+            self.cut(a, b);
+            self.heal_later();
         }
-        self.stats.crashes += 1;
-        let node = &mut self.nodes[at];
-        (node.alive, node.lease, node.sync, node.enters_at) = (false, false, None, None);
-        if power {
-            node.store.lose_power(&mut self.rng, false);
-            self.tainted = true;
-        }
-        for instance in 0..self.instances.len() {
-            self.break_link(instance, at);
-            if self.instances[instance].node == at {
-                self.instances[instance].alive = false;
-                if self.active == Some(instance) {
-                    self.lose_gateway();
+        if self.happens(plan.isolate) {
+            let direction = self.rng.below(3);
+            for other in 0..self.nodes.len() {
+                if direction != 1 {
+                    self.cut(a, other);
+                }
+                if direction != 2 {
+                    self.cut(other, a);
                 }
             }
+            self.heal_later();
         }
-        if self.mode == Mode::Wild {
+        if self.happens(plan.split) {
+            let side: Vec<bool> = self.nodes.iter().map(|_| self.rng.chance(500)).collect();
+            for a in 0..side.len() {
+                for b in 0..side.len() {
+                    if side[a] != side[b] {
+                        self.cut(a, b);
+                    }
+                }
+            }
+            self.heal_later();
+        }
+    }
+
+    pub fn cut(&mut self, from: usize, to: usize) {
+        if from != to {
+            note!(self, "cut n{} -> n{}", from + 1, to + 1);
+            self.net.set(from, to, true);
+        }
+    }
+
+    fn heal_later(&mut self) {
+        let at = duration(&mut self.rng, self.now);
+        self.net.heal_at = self.net.heal_at.max(at);
+    }
+
+    fn end_faults(&mut self) {
+        if self.net.heal_at == self.now {
+            note!(self, "the network is whole again");
+            self.net.heal();
+        }
+        for at in 0..self.disks.len() {
+            let disk = &mut self.disks[at];
+            if disk.store.full > 0 {
+                self.full_at = Some(self.now);
+                if self.now >= disk.trouble_until {
+                    note!(self, "disk {} has space again", at + 101);
+                    self.disks[at].store.full = 0;
+                }
+            } else if disk.failed && self.now >= disk.trouble_until {
+                self.repair(at);
+            } else if disk.failed && disk.used && self.rng.chance(100) {
+                self.leave_out(at);
+            }
+        }
+    }
+
+    /// Its node notices, and goes on without the disk.
+    fn leave_out(&mut self, disk: usize) {
+        let node = self.disks[disk].node;
+        if self.nodes[node].runs(self.now) {
+            note!(self, "n{} goes on without disk {}", node + 1, disk + 101);
+            self.disks[disk].used = false;
+            self.enter_again(node);
+        }
+    }
+
+    fn repair(&mut self, disk: usize) {
+        note!(self, "disk {} works again", disk + 101);
+        let node = self.disks[disk].node;
+        // Its store is opened again: that is another life, even if nobody noticed the failure.
+        (self.disks[disk].failed, self.disks[disk].used) = (false, true);
+        self.enter_again(node);
+    }
+
+    fn fail_disks(&mut self) {
+        let plan = self.plan;
+        let at = self.rng.below(self.disks.len() as u64) as usize;
+        let until = duration(&mut self.rng, self.now);
+        if self.happens(plan.disk) && !self.disks[at].failed {
+            note!(self, "disk {} fails until t={until}", at + 101);
+            self.taint();
+            let disk = &mut self.disks[at];
+            (disk.failed, disk.trouble_until) = (true, until);
+            disk.store.full = 0;
+            disk.store.lose_power(&mut self.rng, false);
+        }
+        if self.happens(plan.full) && !self.disks[at].failed {
+            note!(self, "disk {} is full until t={until}", at + 101);
+            self.full_at = Some(self.now);
+            let disk = &mut self.disks[at];
+            disk.trouble_until = until;
+            disk.store.full = if self.rng.chance(500) { 1000 } else { 400 };
+        }
+        if self.happens(plan.rot) {
+            self.rot();
+        }
+    }
+
+    /// Long enough apart that no request meets two of them.
+    fn rot(&mut self) {
+        let quiet = self.now > self.rotted + 200
+            && self.all_well()
+            && self.disks.iter().all(|d| !d.store.has_damage());
+        let at = self.rng.below(self.disks.len() as u64) as usize;
+        if quiet && self.disks[at].store.damage(&mut self.rng) {
+            note!(self, "a block of disk {} rots", at + 101);
+            self.rotted = self.now;
+        }
+    }
+
+    fn change_things(&mut self) {
+        let plan = self.plan;
+        if self.happens(plan.join) && self.nodes.len() < self.topology.nodes + 3 {
+            self.join();
+        }
+        if self.happens(plan.volumes) {
+            self.replace_volume();
+        }
+        if self.happens(plan.hand_over) {
+            let at = self.rng.below(self.volumes.len() as u64) as usize;
+            self.detach(at);
+        }
+    }
+
+    pub fn join(&mut self) -> usize {
+        let n = self.nodes.len();
+        let (zone, disks) = (self.topology.zone(n), self.topology.disks(n));
+        let at = self.add_node(zone, disks);
+        note!(self, "n{} joins with {disks} disks", at + 1);
+        at
+    }
+
+    fn replace_volume(&mut self) {
+        let at = self.rng.below(self.volumes.len() as u64) as usize;
+        if self.volumes[at].doomed || self.volumes.len() >= 6 || self.log.leader.is_none() {
+            return;
+        }
+        self.volumes[at].doomed = true;
+        let (copies, min_copies) = random_copies(&mut self.rng);
+        self.create_volume(copies, min_copies);
+    }
+
+    /// The process of a node dies, and is started again after a while.
+    pub fn crash(&mut self, at: usize) {
+        if !self.nodes[at].alive {
+            return;
+        }
+        note!(self, "n{} crashes", at + 1);
+        self.stats.crashes += 1;
+        self.stop_node(at);
+        self.nodes[at].start_at = duration(&mut self.rng, self.now);
+    }
+
+    pub fn lose_power(&mut self, at: usize) {
+        if !self.nodes[at].host {
+            return;
+        }
+        note!(self, "n{} loses power", at + 1);
+        self.stats.crashes += 1;
+        self.taint();
+        for disk in self.nodes[at].disks.clone() {
+            self.disks[disk].store.lose_power(&mut self.rng, false);
+        }
+        if self.nodes[at].alive {
+            // It is one failure, not two.
+            let doubled = self.doubled;
+            self.stop_node(at);
+            self.doubled = doubled;
+        }
+        self.nodes[at].host = false;
+        self.nodes[at].start_at = duration(&mut self.rng, self.now);
+    }
+
+    /// All nodes at once; `everything` that was not flushed is gone.
+    pub fn lose_all_power(&mut self, everything: bool, may_lose: bool) {
+        note!(self, "all nodes lose power");
+        self.stats.crashes += 1;
+        for at in 0..self.nodes.len() {
+            if self.nodes[at].alive {
+                self.stop_node(at);
+            }
+            for disk in self.nodes[at].disks.clone() {
+                self.disks[disk].store.lose_power(&mut self.rng, everything);
+            }
+            self.nodes[at].host = false;
+            self.nodes[at].start_at = duration(&mut self.rng, self.now);
+        }
+        self.stragglers.clear();
+        self.jobs.clear();
+        if may_lose {
+            (self.tainted, self.doubled) = (true, true);
             self.after_change();
         }
     }
 
-    fn lose_gateway(&mut self) {
-        self.active = None;
-        self.checker.abandon_all(self.now);
-        self.after_change();
-    }
-
-    /// All nodes at once; `everything` that was not flushed is gone.
-    pub fn lose_all_power(&mut self, everything: bool, taint: bool) {
-        if self.trace {
-            eprintln!("{} power loss of all", self.now);
-        }
-        self.stats.crashes += 1;
-        if self.active.is_some() {
-            self.lose_gateway();
-        }
-        self.attaching = None;
-        for at in 0..self.nodes.len() {
-            let node = &mut self.nodes[at];
-            (node.alive, node.lease, node.sync, node.enters_at) = (false, false, None, None);
-            node.store.lose_power(&mut self.rng, everything);
-        }
-        for instance in 0..self.instances.len() {
-            self.instances[instance].alive = false;
-            for to in 0..self.nodes.len() {
-                self.break_link(instance, to);
+    /// Faults end, and what is broken is mended.
+    pub fn heal_all(&mut self) {
+        self.calm = true;
+        self.syncs_held = false;
+        self.net.heal();
+        self.plan.delay = self.plan.delay.min(4);
+        for at in 0..self.disks.len() {
+            self.disks[at].store.full = 0;
+            if self.disks[at].failed {
+                self.repair(at);
             }
         }
-        self.stragglers.clear();
-        self.jobs.clear();
-        if taint {
-            self.tainted = true;
-            self.checker.lose(self.now);
-        }
-    }
-
-    /// A node loses its lease and goes on as a zombie, which may hear of the log or not.
-    fn isolate(&mut self, at: usize) {
-        if !self.nodes[at].lease || self.must_wait() {
-            return;
-        }
-        if self.trace {
-            eprintln!("{} isolate {at}", self.now);
-        }
-        self.nodes[at].lease = false;
-        self.nodes[at].sync = None;
-        self.nodes[at].enters_at = None;
-        for instance in self.instances.iter_mut().filter(|i| i.node == at) {
-            match self.rng.below(3) {
-                0 => instance.frozen = true,
-                1 => instance.held = true,
-                _ => {}
-            }
-            self.nodes[at].frozen |= instance.frozen;
-        }
-        self.down(at);
-        let mine = self.active.is_some_and(|a| self.instances[a].node == at);
-        if mine {
-            self.lose_gateway();
-        }
-    }
-
-    fn down(&mut self, at: usize) {
-        let (node, incarnation) = (self.nodes[at].id, self.nodes[at].incarnation);
-        let reason = "lease".to_string();
-        let _ = self.propose(Command::Down { node, incarnation, reason, at: self.now });
-        self.after_change();
-    }
-
-    /// Declares dead nodes down, and starts them again.
-    pub fn run_nodes(&mut self) {
-        for at in 0..self.nodes.len() {
-            let node = &self.nodes[at];
-            if node.alive && (node.lease || node.enters_at.is_some()) {
-                continue;
-            }
-            let up = self.state.nodes[&node.id].up;
-            let known = self.state.nodes[&node.id].incarnation == node.incarnation;
-            if !node.alive && up && known && self.rng.chance(20) {
-                self.down(at);
-            } else if self.rng.chance(if self.calm { 50 } else { 8 }) {
-                self.start_node(at);
-            }
-        }
-    }
-
-    /// A clean hand-over: the guest stops, the volume is detached, another node takes it.
-    fn hand_over(&mut self) {
-        let Some(active) = self.active else { return };
-        if !self.checker.idle() || !self.instances[active].gateway.is_idle() {
-            return;
-        }
-        let writer = self.instances[active].gateway.config().writer;
-        let _ = self.propose(Command::Detach { volume: self.volume, writer });
-        self.active = None;
-        self.after_change();
-    }
-
-    fn rot(&mut self) {
-        // Long enough apart that no request meets two of them.
-        let quiet =
-            self.now > self.rotted + 300 && self.nodes.iter().all(|n| !n.store.has_damage());
-        if quiet && self.rng.chance(10) {
-            let at = self.rng.below(self.nodes.len() as u64) as usize;
-            if self.nodes[at].store.damage(&mut self.rng) {
-                self.rotted = self.now;
-            }
-        }
-    }
-
-    fn fill(&mut self) {
-        let full = self.nodes.iter().position(|n| n.store.full > 0);
-        match full {
-            Some(at) if self.rng.chance(10) => self.nodes[at].store.full = 0,
-            None if self.rng.chance(5) => {
-                let at = self.rng.below(self.nodes.len() as u64) as usize;
-                self.nodes[at].store.full = if self.rng.chance(500) { 1000 } else { 400 };
-            }
-            _ => {}
-        }
-    }
-
-    /// Faults end.
-    pub fn heal(&mut self) {
         for node in &mut self.nodes {
-            node.store.full = 0;
+            node.frozen_until = node.frozen_until.min(self.now);
+            node.slow = (1, 0);
+            node.start_at = node.start_at.min(self.now + 100);
         }
+        self.restarts = true;
+        self.guests = true;
     }
 }

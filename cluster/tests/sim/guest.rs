@@ -1,159 +1,152 @@
-//! The guest: random operations on a few blocks around object borders, so that they collide.
+//! Guests: random operations on a few blocks around object borders, so that they collide.
 
 use super::checker::{Checker, Kind, Value, pattern};
-use super::world::{Instance, Mode, World};
-use sheepdog_cluster::gateway::{Effect, Phase};
-use sheepdog_types::{BlockError, Burst, Done, OBJECT_SIZE, Op, Token};
+use super::rng::Rng;
+use super::world::World;
+use sheepdog_types::{OBJECT_SIZE, Op};
 use std::ops::Range;
-use std::sync::Arc;
 
-pub const OBJECTS: u32 = 3;
-const BLOCK: u64 = 4096;
+pub const BLOCK: u64 = 4096;
 /// Ends inside a block of the third object.
 pub const SIZE: u64 = 2 * OBJECT_SIZE + 3 * BLOCK + 1536;
 const ZOMBIE: u64 = 1 << 40;
 
-#[derive(Default)]
+/// What the guest of a volume does.
 pub struct Guest {
+    size: u64,
     regions: Vec<Vec<u64>>,
     next_tag: u64,
     next_value: Value,
 }
 
 impl Guest {
+    pub fn new(rng: &mut Rng, checker: &mut Checker, size: u64) -> Self {
+        let mut guest = Self { size, regions: Vec::new(), next_tag: 0, next_value: 0 };
+        if size == SIZE {
+            let ends = [(OBJECT_SIZE - 2 * BLOCK, OBJECT_SIZE + 2 * BLOCK)];
+            for (start, end) in ends.into_iter().chain([(2 * OBJECT_SIZE - BLOCK, SIZE)]) {
+                let whole = (start..end).step_by(BLOCK as usize).chain([end]);
+                let some = (0..8).map(|_| rng.range(start + 1, end - 1));
+                guest.add_region(checker, whole.chain(some).collect());
+            }
+        }
+        guest
+    }
+
+    /// A part of the volume, cut into cells.
+    pub fn add_region(&mut self, checker: &mut Checker, mut cuts: Vec<u64>) {
+        cuts.sort_unstable();
+        cuts.dedup();
+        checker.add_region(&cuts);
+        self.regions.push(cuts);
+    }
+
     pub fn issued(&self) -> u64 {
         self.next_tag
     }
 
-    fn tag(&mut self) -> u64 {
+    pub fn tag(&mut self) -> u64 {
         self.next_tag += 1;
         self.next_tag
     }
 
-    pub fn flush(
-        &mut self,
-        checker: &mut Checker,
-        instances: &mut [Instance],
-        active: Option<usize>,
-        now: u64,
-    ) {
-        let Some(at) = active else { return };
-        let tag = self.tag();
-        checker.begin(tag, Kind::Flush, 0..0, now);
-        submit(&mut instances[at], Op::Flush, tag);
+    pub fn value(&mut self) -> Value {
+        self.next_value += 1;
+        self.next_value
     }
 
-    pub fn read_all(
-        &mut self,
-        checker: &mut Checker,
-        instances: &mut [Instance],
-        active: Option<usize>,
-        now: u64,
-    ) {
-        let Some(at) = active else { return };
-        for region in self.regions.clone() {
-            let range = region[0]..region[region.len() - 1];
-            let tag = self.tag();
-            checker.begin(tag, Kind::Read, range.clone(), now);
-            let len = (range.end - range.start) as u32;
-            submit(&mut instances[at], Op::Read { offset: range.start, len }, tag);
-        }
-    }
-}
-
-fn submit(instance: &mut Instance, op: Op, tag: u64) {
-    let sink = Arc::clone(&instance.inbox);
-    instance.gateway.handle_request(op, Token::new(tag, sink));
-}
-
-impl World {
-    pub fn make_regions(&mut self) {
-        for (start, end) in
-            [(OBJECT_SIZE - 2 * BLOCK, OBJECT_SIZE + 2 * BLOCK), (2 * OBJECT_SIZE - BLOCK, SIZE)]
-        {
-            let mut cuts: Vec<u64> = (start..end).step_by(BLOCK as usize).chain([end]).collect();
-            for _ in 0..8 {
-                cuts.push(self.rng.range(start + 1, end - 1));
-            }
-            cuts.sort_unstable();
-            cuts.dedup();
-            self.checker.add_region(&cuts);
-            self.guest.regions.push(cuts);
-        }
+    pub fn whole_regions(&self) -> Vec<Range<u64>> {
+        self.regions.iter().map(|cuts| cuts[0]..cuts[cuts.len() - 1]).collect()
     }
 
-    fn random_range(&mut self) -> Range<u64> {
-        let region = &self.guest.regions[self.rng.below(2) as usize];
+    fn random_range(&self, rng: &mut Rng) -> Range<u64> {
+        let region = &self.regions[rng.below(self.regions.len() as u64) as usize];
         let last = region.len() as u64 - 1;
-        let from = self.rng.below(last);
-        let to = self.rng.range(from + 1, last.min(from + 9));
+        let from = rng.below(last);
+        let to = rng.range(from + 1, last.min(from + 9));
         let mut range = region[from as usize]..region[to as usize];
-        if self.rng.chance(400) {
+        if rng.chance(400) {
             let start = range.start / BLOCK * BLOCK;
-            range =
-                start.max(region[0])..range.end.next_multiple_of(BLOCK).min(region[last as usize]);
+            let end = range.end.next_multiple_of(BLOCK);
+            range = start.max(region[0])..end.min(region[last as usize]);
         }
         range
     }
 
-    fn random_op(&mut self) -> (Op, Kind, Range<u64>) {
-        let range = self.random_range();
+    fn random_op(&mut self, rng: &mut Rng) -> (Op, Kind, Range<u64>) {
+        let range = self.random_range(rng);
         let (offset, len) = (range.start, range.end - range.start);
-        let fua = self.rng.chance(60);
+        let fua = rng.chance(60);
         let zero = Kind::Write { value: 0, fua };
-        match self.rng.below(100) {
+        match rng.below(100) {
             0..=39 => (Op::Read { offset, len: len as u32 }, Kind::Read, range),
             40..=79 => {
-                self.guest.next_value += 1;
-                let value = self.guest.next_value;
+                let value = self.value();
                 let data = pattern(value, range.clone());
                 (Op::Write { offset, data, fua }, Kind::Write { value, fua }, range)
             }
             80..=85 => (Op::WriteZeroes { offset, len, may_unmap: fua, fua }, zero, range),
             86..=90 => {
                 let whole = offset.next_multiple_of(BLOCK);
-                let end = if range.end == SIZE { SIZE } else { range.end / BLOCK * BLOCK };
+                let end =
+                    if range.end == self.size { self.size } else { range.end / BLOCK * BLOCK };
                 let kind = Kind::Write { value: 0, fua: false };
                 (Op::Discard { offset, len }, kind, whole..end.max(whole))
             }
             91 => {
                 let kind = Kind::Write { value: 0, fua: false };
-                (Op::Discard { offset: 0, len: SIZE }, kind, 0..SIZE)
+                (Op::Discard { offset: 0, len: self.size }, kind, 0..self.size)
             }
             _ => (Op::Flush, Kind::Flush, 0..0),
         }
     }
+}
 
-    pub fn run_guest(&mut self) {
-        if self.calm {
+impl World {
+    pub fn run_guests(&mut self) {
+        if self.calm || !self.guests {
             return;
         }
-        self.run_zombies();
-        let Some(at) = self.active else { return };
-        if self.checker.running() >= 6 || !self.rng.chance(250) {
-            return;
+        for at in 0..self.volumes.len() {
+            self.run_zombies(at);
+            let volume = &mut self.volumes[at];
+            let Some(active) = volume.active else { continue };
+            if volume.doomed || volume.checker.running() >= 6 || !self.rng.chance(100) {
+                continue;
+            }
+            if !self.nodes[self.instances[active].node].runs(self.now) {
+                continue;
+            }
+            let (op, kind, range) = volume.guest.random_op(&mut self.rng);
+            self.request(at, op, kind, range);
         }
-        let (op, kind, range) = self.random_op();
-        let tag = self.guest.tag();
-        if self.trace {
-            eprintln!("{} begin {tag} {kind:?} {range:?}", self.now);
-        }
-        self.checker.begin(tag, kind, range, self.now);
-        submit(&mut self.instances[at], op, tag);
+    }
+
+    /// A request of a volume's guest that the checker follows. The volume has to be attached.
+    pub fn request(&mut self, at: usize, op: Op, kind: Kind, range: Range<u64>) -> Option<u64> {
+        let active = self.volumes[at].active?;
+        let volume = &mut self.volumes[at];
+        let tag = volume.guest.tag();
+        note!(self, "{} request {tag}: {}", volume.name, describe(&kind, &range));
+        volume.checker.begin(tag, kind, range, self.now);
+        self.submit(active, op, tag);
+        Some(tag)
     }
 
     /// The guests of old gateways go on too; nothing they ask may succeed.
-    fn run_zombies(&mut self) {
-        let Some(active) = self.active else { return };
-        if self.instances[active].gateway.phase() != Phase::Serving || !self.rng.chance(250) {
+    fn run_zombies(&mut self, volume: usize) {
+        if !self.rng.chance(40) || !self.serving(volume) {
             return;
         }
-        let at = self.rng.below(self.instances.len() as u64) as usize;
-        if at == active || !self.instances[at].alive {
-            return;
-        }
-        let range = self.random_range();
-        let tag = ZOMBIE + self.guest.tag();
+        let active = self.volumes[volume].active;
+        let zombies: Vec<usize> = (0..self.instances.len())
+            .filter(|i| Some(*i) != active && self.instances[*i].volume == volume)
+            .filter(|i| self.instances[*i].alive)
+            .filter(|i| self.nodes[self.instances[*i].node].runs(self.now))
+            .collect();
+        let Some(at) = self.rng.pick(&zombies) else { return };
+        let range = self.volumes[volume].guest.random_range(&mut self.rng);
+        let tag = ZOMBIE + self.volumes[volume].guest.tag();
         let (offset, len) = (range.start, range.end - range.start);
         let op = if self.rng.chance(500) {
             Op::Read { offset, len: len as u32 }
@@ -161,68 +154,20 @@ impl World {
             Op::Write { offset, data: vec![0xFE; len as usize], fua: false }
         };
         self.instances[at].forbidden.insert(tag);
-        submit(&mut self.instances[at], op, tag);
+        self.submit(at, op, tag);
     }
+}
 
-    /// Runs the effects of a gateway and takes completions.
-    pub fn collect(&mut self, at: usize) {
-        let mut burst = Burst::new();
-        while let Some(effect) = self.instances[at].gateway.poll_effect() {
-            match effect {
-                Effect::Call { id, node, call, blocks } => {
-                    let to = self.node_index(node);
-                    self.send(at, to, id, call, blocks);
-                }
-                Effect::Complete { token, completion } => token.complete(completion, &mut burst),
-                Effect::LostWrites { object } => {
-                    if self.mode != Mode::Wild && self.trouble.is_none() && self.active == Some(at)
-                    {
-                        self.trouble = Some(format!("acknowledged writes of {object} are gone"));
-                    }
-                    self.checker.lose(self.now);
-                }
-            }
+fn describe(kind: &Kind, range: &Range<u64>) -> String {
+    let verb = match kind {
+        Kind::Read => "read".to_string(),
+        Kind::Write { value: 0, .. } => "write zeroes".to_string(),
+        Kind::Write { value, fua } => {
+            format!("write value {value}{}", if *fua { " (fua)" } else { "" })
         }
-        drop(burst);
-        let done = std::mem::take(&mut *self.instances[at].inbox.0.lock().unwrap());
-        for (tag, completion) in done {
-            if self.trace {
-                let what = completion.as_ref().map(|_| ()).map_err(|e| *e);
-                eprintln!("{} end {tag} {what:?}", self.now);
-            }
-            self.judge(at, tag, completion);
-        }
-    }
-
-    fn judge(&mut self, at: usize, tag: u64, completion: Result<Done, BlockError>) {
-        let problem = if self.active != Some(at) {
-            let forbidden = self.instances[at].forbidden.contains(&tag);
-            // An object that it never saw written is zeroes to it without asking anybody: only
-            // the lease of its node keeps it from answering.
-            let leaked = match completion {
-                Ok(Done::Data(data)) => data.iter().any(|b| *b != 0),
-                Ok(Done::Nothing) => true,
-                Err(_) => false,
-            };
-            (forbidden && leaked).then(|| format!("an old gateway served request {tag}"))
-        } else {
-            match completion {
-                Ok(Done::Data(data)) => self.checker.done(tag, &data, self.now).err(),
-                Ok(Done::Nothing) => self.checker.done(tag, &[], self.now).err(),
-                Err(BlockError::NoSpace) if self.mode == Mode::Full => {
-                    self.checker.abandon(tag, self.now);
-                    None
-                }
-                // A flush after acknowledged writes were lost.
-                Err(BlockError::Io) if self.mode == Mode::Wild => {
-                    self.checker.abandon(tag, self.now);
-                    None
-                }
-                Err(error) => Some(format!("request {tag} failed: {error}")),
-            }
-        };
-        if self.trouble.is_none() {
-            self.trouble = problem;
-        }
-    }
+        Kind::Flush => return "flush".into(),
+    };
+    let object = range.start / OBJECT_SIZE;
+    let base = object * OBJECT_SIZE;
+    format!("{verb} obj {object} bytes {}..{}", range.start - base, range.end - base)
 }

@@ -2,7 +2,7 @@
 
 use super::rng::Rng;
 use sheepdog_cluster::message::{Blocks, Body, Failure, Reply};
-use sheepdog_types::{BLOCK_SIZE, LayerKey, Version};
+use sheepdog_types::{BLOCK_SIZE, LayerKey, Version, VolumeId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -89,6 +89,24 @@ impl Store {
             .collect()
     }
 
+    pub fn volumes(&self) -> impl Iterator<Item = VolumeId> {
+        self.layers.keys().map(|key| key.object.volume)
+    }
+
+    pub fn delete_volume(&mut self, volume: VolumeId) {
+        self.layers.retain(|key, _| key.object.volume != volume);
+        self.damaged.retain(|(key, _)| key.object.volume != volume);
+    }
+
+    pub fn delete(&mut self, key: LayerKey) {
+        self.layers.remove(&key);
+        self.damaged.retain(|(k, _)| *k != key);
+    }
+
+    pub fn describe(&self) -> String {
+        self.listing().iter().map(|(key, version)| format!("{key}:{version} ")).collect()
+    }
+
     /// The write contract: applied if the layer is at `prev`; done already if it is further.
     pub fn write(&mut self, write: &Write, skip_prev: bool, rng: &mut Rng) -> Reply {
         let have = self.version(write.key);
@@ -143,7 +161,7 @@ impl Store {
     }
 
     pub fn flush(&mut self) {
-        for layer in self.layers.values_mut() {
+        for layer in self.layers.values_mut().filter(|l| !l.volatile.is_empty()) {
             layer.durable = layer.now.clone();
             layer.volatile.clear();
         }
@@ -176,12 +194,5 @@ impl Store {
 
     pub fn has_damage(&self) -> bool {
         !self.damaged.is_empty()
-    }
-
-    /// Puts a layer there as if it had been written long ago.
-    pub fn plant(&mut self, key: LayerKey, version: Version) {
-        let image = Image { version, blocks: BTreeMap::from([(0, Arc::new(vec![7; BLOCK_SIZE]))]) };
-        self.replace(key, image);
-        self.flush();
     }
 }

@@ -1,22 +1,30 @@
-//! The cluster: nodes, the agreed log, and the loop that drives all of it.
+//! The cluster, the loop that drives it, and what has to be true at the end.
 
 use super::checker::Checker;
 use super::guest::Guest;
-use super::net::{Job, Port, Straggler};
+use super::log::Log;
+use super::net::{Job, Net, Port, Straggler};
+use super::node::{Disk, Node};
 use super::rng::Rng;
-use super::store::Store;
-use super::sync::Sync;
-use sheepdog_cluster::command::{Ack, Answer, Command, DiskInfo, NodeInfo, Outcome, VolumeSpec};
-use sheepdog_cluster::gateway::{Config, Gateway, Phase};
-use sheepdog_cluster::state::ClusterState;
+use super::topology::{FaultPlan, Topology, random_copies};
+use super::trace::Trace;
+use sheepdog_cluster::command::{Ack, Command, Outcome, VolumeSpec};
+use sheepdog_cluster::gateway::{Gateway, Phase};
 use sheepdog_cluster::view::View;
 use sheepdog_types::{
-    ClusterId, Completion, DiskId, Layer, LayerKey, NodeId, ObjectId, ObjectIndex, Sink, VolumeId,
-    WriterGen,
+    ClusterId, Completion, DiskId, Layer, LayerKey, NodeId, ObjectId, ObjectIndex, Op, Sink,
+    VolumeId, WriterGen,
 };
-use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
+
+/// Steps of 10 ms.
+pub type Time = u64;
+
+/// Steps with faults, unless said otherwise.
+pub const FAULT_STEPS: Time = 1500;
+/// Steps within which a cluster without faults has to have settled.
+pub const CALM_STEPS: Time = 12_000;
 
 /// A lie that a test of the tester tells on purpose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,8 +44,39 @@ pub enum Mutant {
     RecoverNothing,
     /// A disk says that it is synced, and copied nothing.
     SyncNothing,
-    /// The gateway's node answers reads from a layer without looking at its checksums.
+    /// A replica answers reads without looking at checksums.
     ReadDamaged,
+    /// Nodes serve without a lease.
+    NoSelfFence,
+    /// Gateways believe every replica that is up, whatever it missed.
+    ServeIncomplete,
+    /// Nodes keep what was deleted while they were away.
+    ForgetDelete,
+    /// A write counts when as few replicas as the volume can live with have it.
+    AckAtMinCopies,
+    /// A new placement counts before its disks have the data.
+    PromoteEarly,
+    /// A disk says that it is synced, and did not make durable what it copied.
+    SyncedWithoutFlush,
+}
+
+impl Mutant {
+    pub const ALL: [Self; 14] = [
+        Self::SkipEpoch,
+        Self::SkipPrev,
+        Self::AckBeforeApply,
+        Self::FlushLies,
+        Self::NotFenced,
+        Self::RecoverNothing,
+        Self::SyncNothing,
+        Self::ReadDamaged,
+        Self::NoSelfFence,
+        Self::ServeIncomplete,
+        Self::ForgetDelete,
+        Self::AckAtMinCopies,
+        Self::PromoteEarly,
+        Self::SyncedWithoutFlush,
+    ];
 }
 
 /// What a run is like.
@@ -45,6 +84,21 @@ pub enum Mutant {
 pub struct Options {
     pub seed: u64,
     pub mutant: Mutant,
+    /// Nodes to begin with; drawn from 5 to 12 if not said.
+    pub nodes: Option<usize>,
+    /// Steps with faults.
+    pub steps: Time,
+    /// Keeps a trace.
+    pub trace: bool,
+    /// Prints it while the run goes on.
+    pub live: bool,
+}
+
+impl Options {
+    pub fn seed(seed: u64) -> Self {
+        let (nodes, steps) = (None, FAULT_STEPS);
+        Self { seed, mutant: Mutant::None, nodes, steps, trace: false, live: false }
+    }
 }
 
 /// How a run went.
@@ -56,37 +110,26 @@ pub struct Stats {
     pub crashes: u64,
     pub takeovers: u64,
     pub recovered: u64,
+    pub synced: u64,
 }
 
-/// What may go wrong in a run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
-    /// Processes die at any time and keep what they wrote; power is lost by one complete node at
-    /// a time. Nothing acknowledged may ever be lost.
-    Careful,
-    /// Power is lost anywhere, by all nodes at once too. Only flushed writes have to stay.
-    Wild,
-    /// Blocks rot, one replica of one block at a time, with no crash meanwhile.
-    Rot,
-    /// A disk is full for a while.
-    Full,
+impl Stats {
+    pub fn add(&mut self, other: &Self) {
+        self.steps += other.steps;
+        self.requests += other.requests;
+        self.epochs += other.epochs;
+        self.crashes += other.crashes;
+        self.takeovers += other.takeovers;
+        self.recovered += other.recovered;
+        self.synced += other.synced;
+    }
 }
 
-pub struct Node {
-    pub id: NodeId,
-    pub disk: DiskId,
-    pub incarnation: u64,
-    pub alive: bool,
-    /// Entered, and not given up by the others.
-    pub lease: bool,
-    /// Entries of the log that it knows.
-    pub applied: usize,
-    /// The log reaches it no more.
-    pub frozen: bool,
-    /// The log has to be known up to here before it serves.
-    pub enters_at: Option<usize>,
-    pub store: Store,
-    pub sync: Option<Sync>,
+/// What went wrong in a run.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    pub problem: String,
+    pub trace: Vec<String>,
 }
 
 /// Collects completions.
@@ -100,192 +143,223 @@ impl Sink for Inbox {
     fn flush(&self) {}
 }
 
+/// A gateway that was made for an attachment; it may long be a zombie.
 pub struct Instance {
     pub gateway: Gateway,
+    /// Index of its volume.
+    pub volume: usize,
     pub node: usize,
     pub ports: Vec<Port>,
     pub inbox: Arc<Inbox>,
+    /// Its process is there.
     pub alive: bool,
-    /// It hears nothing of the log any more.
-    pub frozen: bool,
-    /// It hears nothing from the attachment on that replaces it.
-    pub held: bool,
-    /// It hears of the log up to here.
-    pub limit: usize,
     pub view_at: usize,
+    /// Requests that wait for the lease.
+    pub held: Vec<(Op, u64)>,
     /// Requests of a zombie's guest that began after another gateway served.
     pub forbidden: BTreeSet<u64>,
+    /// The gateway that acknowledges too early: who had which write.
+    pub spread: BTreeMap<(LayerKey, u64), usize>,
+}
+
+/// A volume and what its guest saw.
+pub struct Volume {
+    pub id: VolumeId,
+    pub name: String,
+    pub copies: u8,
+    pub min_copies: u8,
+    pub size: u64,
+    pub guest: Guest,
+    pub checker: Checker,
+    /// The instance that serves it, or will.
+    pub active: Option<usize>,
+    /// Node, its incarnation, writer, and the view that has the attachment.
+    pub attaching: Option<(usize, u64, WriterGen, usize)>,
+    /// No further attempt to attach before.
+    pub retry_at: Time,
+    /// Its guest is to stop, and it is to be deleted.
+    pub doomed: bool,
+    pub deleted: bool,
 }
 
 pub struct World {
+    pub options: Options,
     pub rng: Rng,
-    pub now: u64,
-    pub mode: Mode,
+    pub now: Time,
     pub mutant: Mutant,
-    pub copies: u8,
-    pub min_copies: u8,
-    pub state: ClusterState,
-    pub views: Vec<Arc<View>>,
+    pub topology: Topology,
+    pub plan: FaultPlan,
+    pub trace: Trace,
+    pub log: Log,
+    pub net: Net,
     pub nodes: Vec<Node>,
+    pub disks: Vec<Disk>,
     pub instances: Vec<Instance>,
-    pub active: Option<usize>,
-    /// Node, writer, and the entry that attached it.
-    pub attaching: Option<(usize, WriterGen, usize)>,
+    pub volumes: Vec<Volume>,
     pub jobs: Vec<Job>,
     pub stragglers: Vec<Straggler>,
-    pub checker: Checker,
-    pub guest: Guest,
-    pub volume: VolumeId,
-    pub junk: Option<VolumeId>,
+    /// Guests make random requests, and volumes are attached by themselves.
+    pub guests: bool,
+    /// Dead nodes start again by themselves.
+    pub restarts: bool,
+    /// No more faults.
     pub calm: bool,
-    /// A power loss took unflushed data, and not all disks are complete again.
+    /// A disk lost what was not flushed, and not all disks are complete again.
     pub tainted: bool,
+    /// More than that went wrong meanwhile: acknowledged writes may be lost unless they were flushed.
+    pub doubled: bool,
+    /// When it was so the last time.
+    pub doubled_at: Option<Time>,
+    /// When a disk was full the last time.
+    pub full_at: Option<Time>,
+    /// When the last block rotted.
+    pub rotted: Time,
     pub trouble: Option<String>,
     pub stats: Stats,
-    /// When the last block rotted.
-    pub rotted: u64,
-    pub trace: bool,
+    pub traffic: Traffic,
+    /// Disks do not synchronise themselves for now.
+    pub syncs_held: bool,
+    /// What a read of a script has to return.
+    pub expected: Option<(usize, u64, Vec<u8>)>,
 }
 
-thread_local! {
-    /// Views of earlier runs: placing a ring costs more than a run.
-    static RINGS: RefCell<BTreeMap<String, Arc<View>>> = const { RefCell::new(BTreeMap::new()) };
+/// Bytes of messages that concern the cluster and not the guests.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Traffic {
+    pub commands: u64,
+    pub sync: u64,
 }
-
-fn build_view(state: &ClusterState) -> Arc<View> {
-    RINGS.with(|rings| {
-        let ids = |m: &sheepdog_cluster::state::RingMembers| m.keys().copied().collect::<Vec<_>>();
-        let key = format!("{:?} {:?}", ids(&state.ring), state.next_ring.as_ref().map(ids));
-        let mut rings = rings.borrow_mut();
-        let view = Arc::new(View::build(state, rings.get(&key).map(AsRef::as_ref)));
-        rings.entry(key).or_insert_with(|| Arc::clone(&view));
-        view
-    })
-}
-
-pub const FAULT_STEPS: u64 = 1500;
-const CALM_STEPS: u64 = 30_000;
 
 /// Runs one seed.
 ///
 /// # Errors
-/// What was violated, and when.
-pub fn run(options: Options) -> Result<Stats, String> {
-    let mut world = World::new(options);
-    world.go().map_err(|e| {
-        format!(
-            "{e}\n  at step {} of seed {} ({:?}, copies {}/{}); replay with SEED={}",
-            world.now, options.seed, world.mode, world.copies, world.min_copies, options.seed
-        )
-    })
+/// What was violated, when, and the trace if one was wanted.
+pub fn run(options: Options) -> Result<(Stats, Vec<String>), Failure> {
+    let mut world = World::random(options);
+    match world.go() {
+        Ok(stats) => Ok((stats, world.trace.lines)),
+        Err(e) => {
+            let policies: Vec<_> = world.volumes.iter().map(|v| (v.copies, v.min_copies)).collect();
+            let problem = format!(
+                "{e}\n  at t={} of seed {} ({} nodes, {} disks, copies {policies:?}, {:?})",
+                world.now,
+                options.seed,
+                world.nodes.len(),
+                world.disks.len(),
+                world.plan,
+            );
+            note!(world, "FAILED {e}");
+            Err(Failure { problem, trace: world.trace.lines })
+        }
+    }
 }
 
 impl World {
-    fn new(options: Options) -> Self {
-        let mut rng = Rng::new(options.seed);
-        let mode = match rng.below(10) {
-            0..=3 => Mode::Careful,
-            4..=7 => Mode::Wild,
-            8 => Mode::Rot,
-            _ => Mode::Full,
-        };
-        let (copies, min_copies) = [(3, 2), (3, 2), (3, 1), (2, 1)][rng.below(4) as usize];
+    /// A founded cluster of nodes that are all in, without volumes or faults.
+    pub fn new(options: Options, topology: Topology, plan: FaultPlan, rng: Rng) -> Self {
+        let (on, live) = (options.trace || options.live, options.live);
         let mut world = Self {
+            options,
             rng,
             now: 0,
-            mode,
             mutant: options.mutant,
-            copies,
-            min_copies,
-            state: ClusterState::default(),
-            views: Vec::new(),
+            topology,
+            plan,
+            trace: Trace { on, live, lines: Vec::new() },
+            log: Log::default(),
+            net: Net::default(),
             nodes: Vec::new(),
+            disks: Vec::new(),
             instances: Vec::new(),
-            active: None,
-            attaching: None,
+            volumes: Vec::new(),
             jobs: Vec::new(),
             stragglers: Vec::new(),
-            checker: Checker::default(),
-            guest: Guest::default(),
-            volume: VolumeId(0),
-            junk: None,
+            guests: false,
+            restarts: false,
             calm: false,
             tainted: false,
+            doubled: false,
+            doubled_at: None,
+            full_at: None,
+            rotted: 0,
             trouble: None,
             stats: Stats::default(),
-            rotted: 0,
-            trace: std::env::var("TRACE").is_ok(),
+            traffic: Traffic::default(),
+            syncs_held: false,
+            expected: None,
         };
         world.found();
         world
     }
 
+    fn random(options: Options) -> Self {
+        let mut rng = Rng::new(options.seed);
+        let topology = Topology::random(&mut rng, options.nodes);
+        let plan = FaultPlan::random(&mut rng);
+        let mut world = Self::new(options, topology, plan, rng);
+        for _ in 0..world.rng.range(1, 3) {
+            let (copies, min_copies) = random_copies(&mut world.rng);
+            world.create_volume(copies, min_copies);
+        }
+        (world.guests, world.restarts) = (true, true);
+        world
+    }
+
     fn found(&mut self) {
-        self.propose(Command::Found { cluster: ClusterId(1) }).unwrap();
-        self.views.push(build_view(&self.state));
-        for _ in 0..self.rng.range(3, 4) {
-            self.add_node();
+        self.commit(Command::Found { cluster: ClusterId(1) }).unwrap();
+        self.log.views.push(super::topology::build_view(&self.log.state, None, true));
+        for at in 0..self.topology.nodes {
+            let (zone, disks) = (self.topology.zone(at), self.topology.disks(at));
+            self.add_node(zone, disks);
+            // The members of the first epoch are agreed one by one; their ring is placed once.
+            let command = self.enter_command(at);
+            self.log.state.apply(command).unwrap();
         }
-        let junk = self.create("junk", 2, 1);
-        self.junk = Some(junk);
-        let (copies, min_copies) = (self.copies, self.min_copies);
-        self.volume = self.create("vm", copies, min_copies);
-        self.plant_junk(junk);
+        self.log.views[0] = super::topology::build_view(&self.log.state, None, true);
         for at in 0..self.nodes.len() {
-            self.nodes[at].applied = self.views.len() - 1;
-            self.nodes[at].lease = true;
-            self.nodes[at].enters_at = None;
+            self.nodes[at].lease_until = self.nodes[at].clock(self.now) + super::node::LEASE;
         }
-        self.make_regions();
+        self.log.leader = Some(self.voters().start);
     }
 
-    fn create(&mut self, name: &str, copies: u8, min_copies: u8) -> VolumeId {
-        let spec = VolumeSpec {
-            name: name.into(),
-            size: super::guest::SIZE,
-            copies,
-            min_copies,
-            ack: Ack::Flush,
+    /// Creates a volume, with its guest.
+    pub fn create_volume(&mut self, copies: u8, min_copies: u8) -> Option<usize> {
+        let name = format!("v{}", self.volumes.len() + 1);
+        let size = super::guest::SIZE;
+        self.create_named(&name, size, copies, min_copies)
+    }
+
+    pub fn create_named(&mut self, name: &str, size: u64, copies: u8, min: u8) -> Option<usize> {
+        let spec = VolumeSpec { name: name.into(), size, copies, min_copies: min, ack: Ack::Flush };
+        let Ok(Outcome::Created { volume }) = self.commit(Command::CreateVolume { spec, at: 0 })
+        else {
+            return None;
         };
-        match self.propose(Command::CreateVolume { spec, at: 0 }) {
-            Ok(Outcome::Created { volume }) => volume,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    fn plant_junk(&mut self, junk: VolumeId) {
-        let view = self.latest();
-        for index in 0..2 {
-            let object = ObjectId { volume: junk, index: ObjectIndex(index) };
-            for node in &mut self.nodes {
-                if view.is_member(object.slot(), 2, node.disk) {
-                    let version = sheepdog_types::Version { writer: WriterGen(1), seq: 3 };
-                    node.store.plant(LayerKey { object, layer: Layer(0) }, version);
-                }
-            }
-        }
-    }
-
-    /// Commits a command.
-    pub fn propose(&mut self, command: Command) -> Answer {
-        let before = (self.state.revision, self.state.epoch);
-        if self.trace {
-            eprintln!("{} log {command:?}", self.now);
-        }
-        let answer = self.state.apply(command);
-        if before != (self.state.revision, self.state.epoch) {
-            self.views.push(build_view(&self.state));
-        }
-        self.stats.epochs = self.state.epoch.0;
-        answer
+        let mut checker = Checker::default();
+        let guest = Guest::new(&mut self.rng, &mut checker, size);
+        self.volumes.push(Volume {
+            id: volume,
+            name: name.into(),
+            copies,
+            min_copies: min,
+            size,
+            guest,
+            checker,
+            active: None,
+            attaching: None,
+            retry_at: 0,
+            doomed: false,
+            deleted: false,
+        });
+        Some(self.volumes.len() - 1)
     }
 
     pub fn latest(&self) -> Arc<View> {
-        Arc::clone(&self.views[self.views.len() - 1])
+        Arc::clone(&self.log.views[self.log.views.len() - 1])
     }
 
-    pub fn view_of(&self, node: usize) -> Arc<View> {
-        Arc::clone(&self.views[self.nodes[node].applied])
+    pub fn view_of(&self, node: usize) -> &Arc<View> {
+        &self.log.views[self.nodes[node].applied]
     }
 
     pub fn node_index(&self, id: NodeId) -> usize {
@@ -296,85 +370,69 @@ impl World {
         disk.0 as usize - 101
     }
 
-    /// A new node, empty, which enters.
-    pub fn add_node(&mut self) {
-        let n = self.nodes.len() as u64;
-        self.nodes.push(Node {
-            id: NodeId(n + 1),
-            disk: DiskId(n + 101),
-            incarnation: 0,
-            alive: false,
-            lease: false,
-            applied: 0,
-            frozen: false,
-            enters_at: None,
-            store: Store::default(),
-            sync: None,
-        });
-        for instance in &mut self.instances {
-            instance.ports.push(Port::default());
+    /// Authorities may have changed: what was lost may show now.
+    pub fn after_change(&mut self) {
+        if self.doubled {
+            self.doubled_at = Some(self.now);
+            for volume in &mut self.volumes {
+                volume.checker.lose(self.now);
+            }
         }
-        self.start_node(n as usize);
     }
 
-    /// Starts the process of a node, which enters with a new incarnation.
-    pub fn start_node(&mut self, at: usize) {
-        let node = &mut self.nodes[at];
-        node.incarnation += 1;
-        (node.alive, node.frozen, node.lease, node.sync) = (true, false, false, None);
-        let info = NodeInfo {
-            id: node.id,
-            incarnation: node.incarnation,
-            address: format!("10.0.0.{}:7000", node.id.0),
-            zone: format!("z{}", node.id.0),
-            disks: vec![DiskInfo { id: node.disk, weight: 1 }],
-        };
-        self.propose(Command::Enter { node: info, at: self.now }).expect("it may enter");
-        self.nodes[at].enters_at = Some(self.views.len() - 1);
+    /// A disk loses what was not synced. Once is survived by everything acknowledged, if all other
+    /// copies were there.
+    pub fn taint(&mut self) {
+        self.doubled |= self.tainted || !self.all_well();
+        self.tainted = true;
         self.after_change();
     }
 
-    /// Authorities may have changed: what was lost with the power may show now.
-    pub fn after_change(&mut self) {
-        if self.tainted && self.mode == Mode::Wild {
-            self.checker.lose(self.now);
-        }
+    /// Something else fails. On top of a loss it is too much.
+    pub fn strain(&mut self) {
+        self.doubled |= self.tainted;
+        self.after_change();
     }
 
     fn go(&mut self) -> Result<Stats, String> {
-        while self.now < FAULT_STEPS {
+        while self.now < self.options.steps {
             self.step()?;
         }
-        self.calm = true;
-        self.heal();
-        self.settle()?;
-        self.final_reads()?;
-        self.compare_replicas()?;
-        if self.mode != Mode::Rot {
-            // The first one may have to say that earlier writes are lost.
-            for _ in 0..2 {
-                self.guest.flush(&mut self.checker, &mut self.instances, self.active, self.now);
-                self.settle()?;
-            }
-            self.lose_all_power(true, false);
-            self.settle()?;
-            self.final_reads()?;
-            self.compare_replicas()?;
-            self.check_deleted()?;
-        }
+        self.finish()?;
         self.stats.steps = self.now;
-        self.stats.requests = self.guest.issued();
+        self.stats.epochs = self.log.state.epoch.0;
+        self.stats.requests = self.volumes.iter().map(|v| v.guest.issued()).sum();
         self.stats.recovered = self.instances.iter().map(|i| i.gateway.counters().recovered).sum();
         Ok(self.stats)
     }
 
+    /// Faults end. Everything has to come to rest, whole and equal, and to survive the loss of all
+    /// power after a flush.
+    pub fn finish(&mut self) -> Result<(), String> {
+        note!(self, "faults end");
+        self.heal_all();
+        self.settle()?;
+        self.final_reads()?;
+        self.compare_replicas()?;
+        // The first one may have to say that earlier writes are lost.
+        for _ in 0..2 {
+            self.flush_all();
+            self.settle()?;
+        }
+        self.lose_all_power(true, false);
+        self.settle()?;
+        self.final_reads()?;
+        self.compare_replicas()?;
+        self.check_deleted()
+    }
+
     fn final_reads(&mut self) -> Result<(), String> {
-        self.guest.read_all(&mut self.checker, &mut self.instances, self.active, self.now);
+        self.read_all();
         self.settle()
     }
 
     /// Goes on until nothing is left to do.
-    fn settle(&mut self) -> Result<(), String> {
+    pub fn settle(&mut self) -> Result<(), String> {
         let limit = self.now + CALM_STEPS;
         loop {
             self.step()?;
@@ -387,197 +445,81 @@ impl World {
         }
     }
 
-    fn serving(&self) -> Option<&Instance> {
-        let instance = &self.instances[self.active?];
-        (instance.gateway.phase() == Phase::Serving).then_some(instance)
+    fn volume_settled(&self, volume: &Volume) -> bool {
+        let serving = volume.active.is_some_and(|at| {
+            let instance = &self.instances[at];
+            let gateway = &instance.gateway;
+            gateway.phase() == Phase::Serving && gateway.is_idle() && instance.held.is_empty()
+        });
+        volume.deleted || (serving && volume.checker.idle())
     }
 
     fn is_settled(&self) -> bool {
-        self.serving().is_some_and(|i| i.gateway.is_idle())
-            && self.checker.idle()
-            && self.complete()
-            && self.nodes.iter().all(|n| n.lease && n.applied == self.views.len() - 1)
+        let last = self.log.views.len() - 1;
+        self.complete()
+            && self.nodes.iter().enumerate().all(|(at, n)| self.serves(at) && n.applied == last)
+            && self.volumes.iter().all(|v| self.volume_settled(v))
             && self.jobs.is_empty()
             && self.stragglers.is_empty()
+            && self.log.proposals.is_empty()
     }
 
     /// All disks hold what they must, as far as the log knows.
     pub fn complete(&self) -> bool {
-        self.state.next_ring.is_none()
-            && self.nodes.iter().all(|n| self.state.disk_up(n.disk))
+        self.log.state.next_ring.is_none()
+            && self.disks.iter().all(|d| self.log.state.disk_up(d.id))
             && self
+                .log
                 .state
                 .disks
                 .values()
                 .all(|d| d.missed_since.is_none() && !d.restarted && d.sync_from.is_none())
     }
 
-    fn describe(&self) -> String {
-        let nodes: Vec<String> = self
-            .nodes
-            .iter()
-            .map(|n| {
-                let listing: Vec<String> =
-                    n.store.listing().iter().map(|(k, v)| format!("{k}:{v}")).collect();
-                format!(
-                    "{} alive {} lease {} applied {}/{} sync {} [{}]",
-                    n.id.0,
-                    n.alive,
-                    n.lease,
-                    n.applied,
-                    self.views.len() - 1,
-                    n.sync.is_some(),
-                    listing.join(" ")
-                )
-            })
-            .collect();
-        let gateway = self.active.map(|a| {
-            let g = &self.instances[a].gateway;
-            let ports: Vec<String> = self.instances[a].ports.iter().map(Port::describe).collect();
-            format!(
-                "writer {} {:?} idle {} tick {} blocked {} {:?} on {} ports {ports:?}",
-                g.config().writer,
-                g.phase(),
-                g.is_idle(),
-                g.wants_tick(),
-                g.blocked_objects(),
-                g.counters(),
-                self.instances[a].node
-            )
-        });
-        format!(
-            "{} requests open, gateway {gateway:?}, {} jobs, disks {:?}, next ring {}\n  {}",
-            self.checker.running(),
-            self.jobs.len(),
-            self.state.disks,
-            self.state.next_ring.is_some(),
-            nodes.join("\n  ")
-        )
+    /// Every node serves, and every disk is complete.
+    pub fn all_well(&self) -> bool {
+        self.complete()
+            && self.disks.iter().all(|d| !d.failed)
+            && (0..self.nodes.len()).all(|at| self.serves(at))
     }
 
     fn step(&mut self) -> Result<(), String> {
         self.now += 1;
-        let all_well = self.nodes.iter().all(|n| n.alive && n.lease);
-        if self.tainted && all_well && self.complete() {
+        if self.tainted && self.now.is_multiple_of(4) && self.all_well() {
+            note!(self, "all disks are complete again");
             self.tainted = false;
+            self.doubled = false;
         }
-        self.deliver_log();
+        if self.doubled {
+            self.doubled_at = Some(self.now);
+        }
+        self.run_log();
         self.deliver_messages();
         self.run_jobs();
-        self.manage_attachment();
-        self.run_guest();
         if !self.calm {
             self.run_faults();
         }
         self.run_nodes();
-        for at in 0..self.nodes.len() {
-            self.run_sync(at);
-        }
+        self.run_syncs();
+        self.manage_attachments();
+        self.run_guests();
         for at in 0..self.instances.len() {
-            if self.now.is_multiple_of(8) && self.instances[at].gateway.wants_tick() {
-                self.instances[at].gateway.handle_tick();
-            }
-            self.collect(at);
+            self.run_instance(at);
         }
         self.trouble.take().map_or(Ok(()), Err)
     }
 
-    fn deliver_log(&mut self) {
-        let pace = if self.calm { 400 } else { 150 };
-        for at in 0..self.nodes.len() {
-            let node = &self.nodes[at];
-            if !node.alive || node.frozen || node.applied + 1 >= self.views.len() {
-                continue;
-            }
-            if self.rng.chance(pace) {
-                self.nodes[at].applied += 1;
-                self.check_lease(at);
-            }
-        }
-        for at in 0..self.instances.len() {
-            let instance = &self.instances[at];
-            let known = self.nodes[instance.node].applied.min(instance.limit);
-            if instance.alive && !instance.frozen && instance.view_at < known {
-                let view = Arc::clone(&self.views[known]);
-                let newer = view.epoch > self.views[instance.view_at].epoch;
-                self.instances[at].view_at = known;
-                self.instances[at].gateway.handle_view(view);
-                if newer && self.active == Some(at) {
-                    self.after_change();
-                }
-            }
-        }
-    }
-
-    fn check_lease(&mut self, at: usize) {
-        let node = &mut self.nodes[at];
-        if node.enters_at.is_some_and(|entry| node.applied >= entry) {
-            node.enters_at = None;
-            let known = &self.state.nodes[&node.id];
-            node.lease = known.up && known.incarnation == node.incarnation;
-        }
-    }
-
-    /// Attaches the volume when nobody has it.
-    fn manage_attachment(&mut self) {
-        if let Some((at, writer, entry)) = self.attaching {
-            let node = &self.nodes[at];
-            if !node.alive || !node.lease {
-                self.attaching = None;
-            } else if node.applied >= entry {
-                self.attaching = None;
-                let config = Config {
-                    node: node.id,
-                    volume: self.volume,
-                    size: super::guest::SIZE,
-                    copies: usize::from(self.copies),
-                    min_copies: usize::from(self.min_copies),
-                    layer: Layer(0),
-                    writer,
-                    ack: Ack::Flush,
-                };
-                let view = self.view_of(at);
-                let view_at = self.nodes[at].applied;
-                self.instances.push(Instance {
-                    gateway: Gateway::new(config, view),
-                    node: at,
-                    ports: self.nodes.iter().map(|_| Port::default()).collect(),
-                    inbox: Arc::default(),
-                    alive: true,
-                    frozen: false,
-                    held: false,
-                    limit: usize::MAX,
-                    view_at,
-                    forbidden: BTreeSet::new(),
-                });
-                self.active = Some(self.instances.len() - 1);
-                self.after_change();
-            }
-        } else if self.active.is_none() && self.rng.chance(100) {
-            let at = self.rng.below(self.nodes.len() as u64) as usize;
-            let node = &self.nodes[at];
-            let (gateway, incarnation) = (node.id, node.incarnation);
-            if !node.alive || !node.lease {
-                return;
-            }
-            let command = Command::Attach { name: "vm".into(), gateway, incarnation, at: self.now };
-            if let Ok(Outcome::Attached { writer, .. }) = self.propose(command) {
-                let entry = self.views.len() - 1;
-                self.attaching = Some((at, writer, entry));
-                for old in self.instances.iter_mut().filter(|i| i.held) {
-                    old.limit = old.limit.min(entry - 1);
-                }
-                self.stats.takeovers += 1;
-            }
-        }
+    /// Runs for some steps; for scenarios.
+    pub fn advance(&mut self, steps: Time) -> Result<(), String> {
+        (0..steps).try_for_each(|_| self.step())
     }
 
     /// After all disks came back and are synced: nothing is left of what was deleted.
     fn check_deleted(&self) -> Result<(), String> {
-        for node in &self.nodes {
-            for key in node.store.listing().keys() {
-                if self.state.volumes.get(&key.object.volume).is_none() {
-                    return Err(format!("node {} still has {key} of a deleted volume", node.id));
+        for disk in &self.disks {
+            for key in disk.store.listing().keys() {
+                if !self.log.state.volumes.contains_key(&key.object.volume) {
+                    return Err(format!("disk {} still has {key} of a deleted volume", disk.id.0));
                 }
             }
         }
@@ -587,24 +529,87 @@ impl World {
     /// After all is settled and read: every member of every object has the same.
     fn compare_replicas(&self) -> Result<(), String> {
         let view = self.latest();
-        for index in 0..super::guest::OBJECTS {
-            let object = ObjectId { volume: self.volume, index: ObjectIndex(index) };
-            let key = LayerKey { object, layer: Layer(0) };
-            let slot = view
-                .slot(object.slot(), usize::from(self.copies), usize::from(self.min_copies))
-                .map_err(|w| format!("{object} waits after the end: {w:?}"))?;
-            let images: Vec<_> = slot
-                .members
-                .iter()
-                .map(|d| self.nodes[self.disk_index(d)].store.image(key))
-                .collect();
-            if let Some(other) = images.iter().find(|i| **i != images[0]) {
-                return Err(format!(
-                    "replicas of {object} differ: {} and {}",
-                    images[0].version, other.version
-                ));
+        for volume in self.volumes.iter().filter(|v| !v.deleted) {
+            for index in 0..volume.size.div_ceil(sheepdog_types::OBJECT_SIZE) {
+                let object = ObjectId { volume: volume.id, index: ObjectIndex(index as u32) };
+                let key = LayerKey { object, layer: Layer(0) };
+                let slot = view
+                    .slot(object.slot(), usize::from(volume.copies), usize::from(volume.min_copies))
+                    .map_err(|w| format!("{object} waits after the end: {w:?}"))?;
+                let images: Vec<_> = slot
+                    .members
+                    .iter()
+                    .map(|d| (d, self.disks[self.disk_index(d)].store.image(key)))
+                    .collect();
+                if let Some(other) = images.iter().find(|i| i.1 != images[0].1) {
+                    return Err(format!(
+                        "replicas of {object} differ: {} on disk {} and {} on disk {}",
+                        images[0].1.version, images[0].0.0, other.1.version, other.0.0
+                    ));
+                }
             }
         }
         Ok(())
+    }
+
+    pub fn describe(&self) -> String {
+        let mut text = format!(
+            "leader {:?}, {} jobs, {} stragglers, {} proposals, next ring {}",
+            self.log.leader,
+            self.jobs.len(),
+            self.stragglers.len(),
+            self.log.proposals.len(),
+            self.log.state.next_ring.is_some()
+        );
+        for (at, n) in self.nodes.iter().enumerate() {
+            let disks: Vec<String> = n
+                .disks
+                .iter()
+                .map(|d| {
+                    let disk = &self.disks[*d];
+                    format!(
+                        "\n    disk {} {:?} sync {:?} failed {} [{}]",
+                        disk.id.0,
+                        self.log.state.disks.get(&disk.id),
+                        disk.sync.as_ref().map(super::sync::Sync::describe),
+                        disk.failed,
+                        disk.store.describe()
+                    )
+                })
+                .collect();
+            text += &format!(
+                "\n  n{} alive {} serves {} applied {}/{}{}",
+                at + 1,
+                n.alive,
+                self.serves(at),
+                n.applied,
+                self.log.views.len() - 1,
+                disks.concat()
+            );
+        }
+        for v in &self.volumes {
+            let gateway = v.active.map(|a| {
+                let i = &self.instances[a];
+                format!(
+                    "n{} {:?} idle {} held {} tick {} blocked {}",
+                    i.node + 1,
+                    i.gateway.phase(),
+                    i.gateway.is_idle(),
+                    i.held.len(),
+                    i.gateway.wants_tick(),
+                    i.gateway.blocked_objects()
+                )
+            });
+            text += &format!(
+                "\n  {} {}/{} deleted {} running {} gateway {gateway:?} attaching {:?}",
+                v.name,
+                v.copies,
+                v.min_copies,
+                v.deleted,
+                v.checker.running(),
+                v.attaching
+            );
+        }
+        text
     }
 }

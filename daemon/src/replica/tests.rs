@@ -164,7 +164,7 @@ impl Bench {
 
 /// All blocks with data, different ones for each `salt`.
 fn full(salt: u64) -> impl Iterator<Item = (u16, u64)> {
-    (0..BLOCKS_PER_OBJECT as u16).map(move |block| (block, (salt << 16) | (u64::from(block) + 1)))
+    (0..BLOCKS_PER_OBJECT as u16).map(move |block| (block, (salt << 16) + u64::from(block) + 1))
 }
 
 #[test]
@@ -248,7 +248,7 @@ fn i7_damaged_blocks_are_repaired_from_another_disk_and_nothing_else_is_moved() 
     for disk in [HERE, THERE] {
         bench.install(disk, key(0), 2, full(1));
     }
-    let tag = |block: u64| (1 << 16) | (block + 1);
+    let tag = |block: u64| (1 << 16) + block + 1;
     bench.restart(|bench| {
         // Each has damage elsewhere, which is in nobody's way.
         bench.flip(HERE, tag(30));
