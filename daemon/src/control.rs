@@ -3,6 +3,7 @@
 //! A connection carries one request and its answer at a time; a caller takes an idle connection
 //! or makes a new one. Large log frames therefore never hold back small ones.
 
+use crate::api::RecoveryInfo;
 use crate::cluster::lock;
 use crate::wire::{ControlType, HELLO_LEN, HELLO_TIMEOUT, Hello, HelloError, Kind, MAX_ADMIN};
 use serde::{Deserialize, Serialize};
@@ -86,6 +87,13 @@ pub enum NodeRequest {
         /// The term of the leader that asks.
         term: u64,
     },
+    /// Is this node no member any more?
+    Removed {
+        /// Which.
+        node: NodeId,
+    },
+    /// How far is the background recovery?
+    Recovery,
 }
 
 /// The answer of one node to another.
@@ -129,6 +137,15 @@ pub enum NodeReply {
     Unreachable(Vec<NodeId>),
     /// Answers [`NodeRequest::HeardBefore`]: so many milliseconds ago; `None` if there may be more.
     Heard(Option<u64>),
+    /// Answers [`NodeRequest::Removed`].
+    Removed {
+        /// The node was removed from the cluster.
+        removed: bool,
+        /// The cluster log still counts on it.
+        in_log: bool,
+    },
+    /// Answers [`NodeRequest::Recovery`].
+    Recovery(Vec<RecoveryInfo>),
 }
 
 /// What a node tells of its disks.

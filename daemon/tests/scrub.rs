@@ -166,7 +166,9 @@ fn a_flipped_bit_is_found_named_and_in_the_health_of_the_cluster() {
             let health = node.dog(&["cluster", "health"]);
             assert_eq!(health["status"], "degraded");
             let told = health["reasons"].as_array().unwrap();
-            assert!(told.len() == reasons.len() && reasons.iter().all(|r| told.contains(&json!(r))));
+            assert!(
+                told.len() == reasons.len() && reasons.iter().all(|r| told.contains(&json!(r)))
+            );
         }
     }
     // Found again, not counted twice.

@@ -8,6 +8,7 @@
 //! they would fight for two cores, and their stalls would say nothing.
 
 mod cluster;
+mod filesystem;
 mod guest;
 mod lab;
 mod nbd;
@@ -18,6 +19,7 @@ mod scribe;
 mod tools;
 
 pub use cluster::{Cluster, Export, Failure, check_message, free_ports, sheep_refused};
+pub use filesystem::{FileSystem, inside};
 pub use guest::{Disk, Guest, GuestResult};
 pub use lab::Lab;
 pub use nbd::{Client, Command, NbdError};
