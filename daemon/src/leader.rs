@@ -130,8 +130,9 @@ impl Leader {
         // last granted a lease: so that is when leases begin.
         let status = node.log.status();
         let age = match status.quorum_acked_within() {
+            // A sole voter is its own quorum, and asks nobody.
+            _ if status.voters.len() == 1 => 0,
             Some(age) => u64::try_from(age.as_millis()).unwrap_or(u64::MAX).saturating_add(1),
-            None if status.voters.len() == 1 => 0,
             None => return NodeReply::NotLeader,
         };
         let mut leases = lock(&self.leases);
