@@ -135,6 +135,8 @@ pub enum Command {
         disk: DiskId,
         /// Incarnation of its node; ignored when it has entered again since.
         incarnation: u64,
+        /// Epoch in which it came into service; ignored when it has come again since.
+        entered: Epoch,
         /// For people.
         reason: String,
         /// Wall clock of the proposer, seconds since 1970.

@@ -45,6 +45,9 @@ pub type Policy = (u8, u8);
 pub trait Local {
     /// All layers in `slot`.
     fn layers(&self, slot: SlotId) -> Vec<(LayerKey, Version)>;
+
+    /// All layers, in any order.
+    fn keys(&self) -> Vec<LayerKey>;
 }
 
 /// What the caller has to do.
@@ -127,6 +130,8 @@ pub struct Recovery {
     /// Ticks until a pass that did not succeed is tried again, and how many it was last time.
     wait: u32,
     patience: u32,
+    /// Attempts in this epoch: another one asks other sources for the layers.
+    attempts: usize,
     progress: Progress,
     effects: VecDeque<Effect>,
     next_id: u64,
@@ -146,6 +151,7 @@ impl Recovery {
             pass: None,
             wait: 0,
             patience: 1,
+            attempts: 0,
             progress: Progress::default(),
             effects: VecDeque::new(),
             next_id: 0,
@@ -159,7 +165,7 @@ impl Recovery {
         self.view = view;
         if epoch_ended || !self.is_wanted() && !self.progress.check {
             self.stop();
-            (self.wait, self.patience) = (0, 1);
+            (self.wait, self.patience, self.attempts) = (0, 1, 0);
         }
         self.progress.paused = self.view.settings.recovery_paused;
     }
@@ -249,7 +255,8 @@ impl Recovery {
 
     fn begin(&mut self, check: bool) {
         let incarnation = self.view.nodes.get(&self.node).map_or(0, |n| n.incarnation);
-        let pass = Pass::new(&self.view, check, incarnation);
+        let pass = Pass::new(&self.view, check, incarnation, self.attempts);
+        self.attempts += 1;
         let paused = self.view.settings.recovery_paused;
         let problem = self.progress.problem.take();
         self.progress = Progress { check, paused, problem, ..Progress::default() };

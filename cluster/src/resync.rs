@@ -14,7 +14,7 @@
 //! - flush the disk before it proposes `Synced`: only then does it count as holding what others
 //!   may have flushed long ago.
 
-use crate::view::{View, Waiting};
+use crate::view::{Disks, View, Waiting};
 use sheepdog_types::{DiskId, LayerKey, SlotId, Version};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -83,7 +83,7 @@ pub fn plan_window(
     let keys: BTreeSet<LayerKey> = listings.values().flat_map(|l| l.keys().copied()).collect();
     let mut actions = Vec::new();
     for key in keys {
-        if let Some(action) = plan_layer(view, disk, listings, key)? {
+        if let Some(action) = plan_layer(view, disk, listings, key, 0)? {
             actions.push(action);
         }
     }
@@ -114,11 +114,14 @@ pub(crate) fn is_leftover(view: &View, disk: DiskId, key: LayerKey) -> bool {
 }
 
 /// What `disk` has to do about one layer, given the listings of the sources of its slot and its own.
+/// Of several sources with the newest version, another one counts with each `attempt`: the copy of
+/// one may be damaged.
 pub(crate) fn plan_layer(
     view: &View,
     disk: DiskId,
     listings: &Listings,
     key: LayerKey,
+    attempt: usize,
 ) -> Result<Option<Action>, Waiting> {
     let version_on = |d: DiskId| listings.get(&d).and_then(|l| l.get(&key)).copied();
     let mine = version_on(disk);
@@ -129,11 +132,11 @@ pub(crate) fn plan_layer(
     };
     let (copies, slot) = (usize::from(volume.spec.copies), key.object.slot());
     let sources = view.sources(slot, copies, usize::from(volume.spec.min_copies))?;
-    let newest = sources
-        .iter()
-        .map(|d| (version_on(d).unwrap_or(Version::NONE), d))
-        .max_by_key(|(version, d)| (*version, *d == disk));
-    let Some((target, from)) = newest else { return Ok(None) };
+    let versions = || sources.iter().map(|d| (version_on(d).unwrap_or(Version::NONE), d));
+    let Some(target) = versions().map(|(version, _)| version).max() else { return Ok(None) };
+    let newest: Disks =
+        versions().filter(|(version, _)| *version == target).map(|(_, d)| d).collect();
+    let from = newest.as_slice()[attempt % newest.len()];
     let expect = mine.unwrap_or(Version::NONE);
     let may_be_under_way = expect > target && expect.writer >= volume.writer;
     let equal = target == expect || may_be_under_way;

@@ -182,8 +182,8 @@ impl ClusterState {
             Command::DiskUp { node, incarnation, disk, at } => {
                 self.bring_disk_up(node, incarnation, &disk, at)
             }
-            Command::DiskDown { disk, incarnation, reason, at } => {
-                self.take_disk_down(disk, incarnation, &reason, at)
+            Command::DiskDown { disk, incarnation, entered, reason, at } => {
+                self.take_disk_down(disk, (incarnation, entered), &reason, at)
             }
             Command::Out { disks, at } => self.take_out(&disks, at),
             Command::Drain { node, on, force, at } => self.drain(node, on, force, at),

@@ -241,15 +241,17 @@ fn disks_come_and_go_while_their_node_stays() {
     assert_eq!(state.epoch, before, "a repeated proposal");
     sync_all(&mut state);
     assert!(state.ring.contains_key(&DiskId(900)));
-    let fail = |incarnation| Command::DiskDown {
+    let fail = |incarnation, entered| Command::DiskDown {
+        entered,
         disk: DiskId(900),
         incarnation,
         reason: "it failed".into(),
         at: 0,
     };
-    state.apply(fail(7)).unwrap();
-    assert!(state.disk_up(DiskId(900)), "the report is of another life");
-    state.apply(fail(1)).unwrap();
+    state.apply(fail(7, since)).unwrap();
+    state.apply(fail(1, Epoch(1))).unwrap();
+    assert!(state.disk_up(DiskId(900)), "the reports are of other lives");
+    state.apply(fail(1, since)).unwrap();
     assert!(!state.disk_up(DiskId(900)) && state.disk_up(disk(2)));
     assert_eq!(state.disks[&DiskId(900)].missed_since, Some(state.epoch));
     state.apply(Command::RetireDisk { disk: DiskId(900), force: false, at: 0 }).unwrap();

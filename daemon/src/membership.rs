@@ -10,6 +10,7 @@ use crate::replica::Disk;
 use sheepdog_cluster::command::{Command, DiskInfo, Refusal};
 use sheepdog_cluster::state::ClusterState;
 use sheepdog_log::ClusterLog;
+use sheepdog_types::Epoch;
 use sheepdog_types::{DiskId, NodeId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -150,15 +151,16 @@ async fn report_disks(node: &Node) {
     let full: BTreeSet<DiskId> = full.collect();
     for (info, _) in own_disks(node) {
         let Some(disk) = node.replica.disk(info.id) else { continue };
-        let (up, removed) = {
+        let (up, removed, entered) = {
             let state = node.cluster.state();
-            (state.disk_up(info.id), state.removed_disks.contains(&info.id))
+            let entered = state.disks.get(&info.id).map_or(Epoch(0), |d| d.entered);
+            (state.disk_up(info.id), state.removed_disks.contains(&info.id), entered)
         };
         let command = match disk.store.failure() {
             Some(reason) if up => {
                 tracing::error!(disk = %info.id, %reason, "a disk is out of service");
                 let reason = reason.to_string();
-                Command::DiskDown { disk: info.id, incarnation, reason, at: now() }
+                Command::DiskDown { disk: info.id, incarnation, entered, reason, at: now() }
             }
             None if !up && !removed && !full.contains(&info.id) => {
                 Command::DiskUp { node: id, incarnation, disk: info, at: now() }

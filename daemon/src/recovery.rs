@@ -131,6 +131,12 @@ impl Local for LocalDisk<'_> {
     fn layers(&self, slot: SlotId) -> Vec<(LayerKey, Version)> {
         self.0.store.list(slot).into_iter().map(|stat| (stat.key, stat.version)).collect()
     }
+
+    fn keys(&self) -> Vec<LayerKey> {
+        let mut keys = Vec::new();
+        self.0.store.list_all(|_, layers| keys.extend(layers.iter().map(|stat| stat.key)));
+        keys
+    }
 }
 
 impl Recoveries {
@@ -402,7 +408,8 @@ async fn mind_space(node: &Arc<Node>, entry: &Arc<Entry>, view: &View) -> Result
         let reason = "it is full and lacks data; free space, or add disks".to_string();
         tracing::error!(disk = %id, reason, "the disk leaves service");
         lock(&entry.meter).full = true;
-        let command = Command::DiskDown { disk: id, incarnation, reason, at: now() };
+        let entered = view.disks.get(&id).map_or(Epoch(0), |d| d.entered);
+        let command = Command::DiskDown { disk: id, incarnation, entered, reason, at: now() };
         node.propose(&command).await?.map_err(|refusal| refusal.to_string())?;
     } else if full {
         let usage = entry.disk.store.usage();

@@ -4,8 +4,11 @@ use super::{Effect, Local, MAX_DIGESTS, Policy, Progress, Stage, policy_of, slot
 use crate::command::Command;
 use crate::message::{Call, Failure, Reply, Request};
 use crate::resync::{Action, Listings, is_leftover, plan_layer};
+use crate::state::Volume;
 use crate::view::{Disks, View};
-use sheepdog_types::{DiskId, Epoch, LayerKey, SLOTS, SlotId, Version, WriterGen};
+use sheepdog_types::{
+    DiskId, Epoch, LayerKey, OBJECT_SIZE, ObjectId, ObjectIndex, SLOTS, SlotId, Version, WriterGen,
+};
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
@@ -68,6 +71,9 @@ pub(super) struct Pass {
     epoch: Epoch,
     check: bool,
     incarnation: u64,
+    attempt: usize,
+    /// One bit for each slot that an object of a volume can be in.
+    used: Vec<u64>,
     policies: Vec<Policy>,
     stage: Stage,
     next_slot: u32,
@@ -89,12 +95,14 @@ pub(super) struct Pass {
 }
 
 impl Pass {
-    pub fn new(view: &View, check: bool, incarnation: u64) -> Self {
+    pub fn new(view: &View, check: bool, incarnation: u64, attempt: usize) -> Self {
         let policies: BTreeSet<Policy> = view.volumes.values().map(|v| policy_of(v)).collect();
         Self {
             epoch: view.epoch,
             check,
             incarnation,
+            attempt,
+            used: used_slots(view),
             policies: policies.into_iter().collect(),
             stage: Stage::Comparing,
             next_slot: 0,
@@ -270,7 +278,8 @@ impl Pass {
         let window = self.next_slot..(self.next_slot + WINDOW).min(SLOTS as u32);
         self.next_slot = window.end;
         let mut questions: BTreeMap<(DiskId, Policy), Vec<SlotId>> = BTreeMap::new();
-        for slot in window.map(|slot| SlotId(slot as u16)) {
+        let used = |slot: &SlotId| self.used[usize::from(slot.0) / 64] >> (slot.0 % 64) & 1 == 1;
+        for slot in window.map(|slot| SlotId(slot as u16)).filter(used) {
             let mut layers = None;
             for &policy in &self.policies {
                 let Some(sources) = self.sources(slot, policy, context) else { continue };
@@ -405,7 +414,9 @@ impl Pass {
             if !volume.is_some_and(|v| different.contains(&(key.object.slot(), policy_of(v)))) {
                 continue;
             }
-            if let Ok(Some(action)) = plan_layer(context.view, context.disk, &listings, key) {
+            if let Ok(Some(action)) =
+                plan_layer(context.view, context.disk, &listings, key, self.attempt)
+            {
                 self.actions.push_back((action, self.batches));
                 steps += 1;
             }
@@ -430,14 +441,30 @@ impl Pass {
 
     fn clean<L: Local>(&mut self, context: &mut Context<'_, L>) {
         let limit = usize::from(context.view.settings.recovery_max_objects.max(1));
-        while self.actions.is_empty() && (self.next_slot as usize) < SLOTS {
-            let layers = context.local.layers(SlotId(self.next_slot as u16));
-            self.next_slot += 1;
-            let leftovers = layers.into_iter().map(|(key, _)| key);
-            let leftovers = leftovers.filter(|key| is_leftover(context.view, context.disk, *key));
+        if (self.next_slot as usize) < SLOTS {
+            self.next_slot = SLOTS as u32;
+            let keys = context.local.keys().into_iter();
+            let leftovers = keys.filter(|key| is_leftover(context.view, context.disk, *key));
             self.actions.extend(leftovers.map(|key| (Action::Delete { key }, 0)));
             context.progress.layers_left += self.actions.len() as u64;
         }
         self.act(context, limit);
     }
+}
+
+/// One bit for each slot that an object of a volume can be in.
+fn used_slots(view: &View) -> Vec<u64> {
+    let objects = |volume: &Volume| volume.spec.size.div_ceil(OBJECT_SIZE);
+    let total: u64 = view.volumes.values().map(|v| objects(v)).fold(0, u64::saturating_add);
+    if total > SLOTS as u64 {
+        return vec![u64::MAX; SLOTS / 64]; // most of them
+    }
+    let mut used = vec![0; SLOTS / 64];
+    for volume in view.volumes.values() {
+        for index in (0..objects(volume) as u32).map(ObjectIndex) {
+            let slot = ObjectId { volume: volume.id, index }.slot();
+            used[usize::from(slot.0) / 64] |= 1 << (slot.0 % 64);
+        }
+    }
+    used
 }

@@ -184,13 +184,14 @@ impl ClusterState {
     pub(super) fn take_disk_down(
         &mut self,
         id: DiskId,
-        incarnation: u64,
+        (incarnation, entered): (u64, Epoch),
         reason: &str,
         at: u64,
     ) -> Answer {
         let Some(disk) = self.disks.get(&id) else { return Err(Refusal::NoSuchDisk(id)) };
         let Some(node) = self.nodes.get(&disk.node) else { return Ok(Outcome::Done) };
-        if !node.up || node.incarnation != incarnation || !disk.present {
+        let same_life = node.incarnation == incarnation && disk.entered == entered;
+        if !node.up || !same_life || !disk.present {
             return Ok(Outcome::Done);
         }
         let cause = format!("disk {id} of {} is out of service: {reason}", node.address);

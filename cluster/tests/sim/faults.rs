@@ -162,13 +162,16 @@ impl World {
             }
             let (id, failed, left) = (disk.id, disk.failed, disk.left);
             let up = self.view_of(node).is_up(id);
+            let entered =
+                self.view_of(node).disks.get(&id).map_or(sheepdog_types::Epoch(0), |d| d.entered);
             let incarnation = self.nodes[node].incarnation;
             let now = self.now;
             match (up, failed, left) {
                 (true, false, true) => self.disks[at].used = true,
                 (true, ..) => {
                     let reason = "it failed".to_string();
-                    let command = Command::DiskDown { disk: id, incarnation, reason, at: now };
+                    let command =
+                        Command::DiskDown { disk: id, incarnation, entered, reason, at: now };
                     self.propose(node, command);
                 }
                 (false, false, true) => {

@@ -92,7 +92,7 @@ pub struct Straggler {
 pub enum Origin {
     Gateway { instance: usize, port: usize, count: u64, id: u64 },
     Nobody,
-    Sync,
+    Sync { id: u64 },
 }
 
 /// A layer being copied from one disk to another.
@@ -475,7 +475,7 @@ impl World {
             && self.disks[source].used
             && self.admit(there, &call).is_ok()
             && !store.is_damaged(job.key)
-            && (store.version(job.key) == job.target || job.origin == Origin::Sync);
+            && (store.version(job.key) == job.target || matches!(job.origin, Origin::Sync { .. }));
         if usable {
             job.image = Some(store.image(job.key));
             job.at = self.now + self.rng.range(1, 25);
@@ -513,7 +513,7 @@ impl World {
 
     fn report(&mut self, job: &Job, result: Result<(), Reply>) {
         match job.origin {
-            Origin::Sync => self.sync_copied(job.disk, job.epoch, result),
+            Origin::Sync { id } => self.sync_copied(job.disk, job.epoch, id, result),
             origin => self.answer(origin, result.err().unwrap_or(Reply::Done), Vec::new()),
         }
     }

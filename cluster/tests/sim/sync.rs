@@ -1,189 +1,190 @@
-//! The driver of resynchronisation: listings, plan, copies, flush, `Synced`.
+//! The driver of [`Recovery`]: calls that are answered late or never, copies, flush, `Synced`.
 
 use super::net::Origin;
+use super::node::Disk;
 use super::world::{Mutant, World};
-use sheepdog_cluster::command::Command;
-use sheepdog_cluster::message::{self, Call, Failure, Reply, Request};
+use sheepdog_cluster::message::{self, Call, Failure, MAX_LISTING, Reply, Request};
+use sheepdog_cluster::recovery::{Effect, Local, Recovery, slot_digest};
 use sheepdog_cluster::replica;
-use sheepdog_cluster::resync::{self, Action, Listings};
-use sheepdog_cluster::view::{View, Waiting};
-use sheepdog_types::{DiskId, Epoch, LayerKey, SlotId, Version, WriterGen};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use sheepdog_cluster::resync::Action;
+use sheepdog_types::{Epoch, LayerKey, SlotId, Version};
 use std::sync::Arc;
 
 pub struct Sync {
-    basis: Epoch,
-    missing: Vec<DiskId>,
-    listings: Listings,
-    actions: Option<VecDeque<Action>>,
-    copying: bool,
+    machine: Recovery,
+    epoch: Epoch,
+    /// Asked, not answered yet.
+    calls: Vec<(u64, Call)>,
+    ticks: u64,
 }
 
 impl Sync {
     pub fn describe(&self) -> String {
-        let actions = self.actions.as_ref().map(VecDeque::len);
-        format!("as of {} missing {:?} actions {actions:?}", self.basis, self.missing)
+        format!("as of {} asked {} {:?}", self.epoch, self.calls.len(), self.machine.progress())
     }
 }
 
-/// The plan for the slots that the disk has to compare; `slots` are those with objects.
-fn plan_slots(
-    view: &View,
-    disk: DiskId,
-    slots: &BTreeSet<SlotId>,
-    listings: &Listings,
-) -> Result<Vec<Action>, Waiting> {
-    let mut actions = Vec::new();
-    for &slot in slots {
-        let of_slot = |l: &BTreeMap<LayerKey, Version>| {
-            l.iter().filter(|(k, _)| k.object.slot() == slot).map(|(k, v)| (*k, *v)).collect()
-        };
-        let part = listings.iter().map(|(d, l)| (*d, of_slot(l))).collect();
-        actions.extend(resync::plan_window(view, disk, (slot, slot), &part)?);
+impl Local for Disk {
+    fn layers(&self, slot: SlotId) -> Vec<(LayerKey, Version)> {
+        let all = self.store.listing().into_iter();
+        all.filter(|(key, _)| key.object.slot() == slot).collect()
     }
-    Ok(actions)
+
+    fn keys(&self) -> Vec<LayerKey> {
+        self.store.listing().into_keys().collect()
+    }
 }
 
 impl World {
-    /// The slots of all objects that there may be.
-    fn used_slots(&self) -> BTreeSet<SlotId> {
-        let objects = self.volumes.iter().flat_map(|v| {
-            let count = v.size.div_ceil(sheepdog_types::OBJECT_SIZE) as u32;
-            let id = |index| sheepdog_types::ObjectId {
-                volume: v.id,
-                index: sheepdog_types::ObjectIndex(index),
-            };
-            (0..count).map(move |index| id(index).slot())
-        });
-        objects.collect()
-    }
-
     pub fn run_syncs(&mut self) {
         if self.syncs_held {
             return;
         }
         for at in 0..self.disks.len() {
-            let disk = &self.disks[at];
-            let node = disk.node;
-            let needed =
-                self.view_of(node).disks.get(&disk.id).is_some_and(|d| {
-                    d.sync_from.is_some() || d.restarted || d.missed_since.is_some()
-                });
-            if !needed && disk.sync.is_none() {
+            let (id, node) = (self.disks[at].id, self.disks[at].node);
+            let needed = self.view_of(node).disks.get(&id).is_some_and(|d| d.sync_from.is_some());
+            let ready = self.disks[at].used && self.nodes[node].runs(self.now) && self.serves(node);
+            if needed && ready && self.rng.chance(300) {
+                self.run_sync(at);
+            } else if !needed {
+                self.disks[at].sync = None;
+            }
+        }
+    }
+
+    fn run_sync(&mut self, at: usize) {
+        let node = self.disks[at].node;
+        let view = Arc::clone(self.view_of(node));
+        let (id, node_id) = (self.disks[at].id, self.nodes[node].id);
+        let mut sync = self.disks[at].sync.take().unwrap_or_else(|| Sync {
+            machine: Recovery::new(node_id, id, Arc::clone(&view)),
+            epoch: view.epoch,
+            calls: Vec::new(),
+            ticks: 0,
+        });
+        if sync.epoch != view.epoch {
+            sync.calls.clear();
+            sync.epoch = view.epoch;
+        }
+        sync.machine.handle_view(view);
+        self.answer_calls(at, &mut sync);
+        sync.ticks += 1;
+        if sync.ticks.is_multiple_of(8) && sync.machine.wants_tick() {
+            sync.machine.handle_tick();
+        }
+        let effects: Vec<Effect> =
+            std::iter::from_fn(|| sync.machine.poll_effect(&self.disks[at])).collect();
+        self.disks[at].sync = Some(sync);
+        for effect in effects {
+            self.run_sync_effect(at, effect);
+        }
+    }
+
+    /// Some are answered now, others another time.
+    fn answer_calls(&mut self, at: usize, sync: &mut Sync) {
+        for (id, call) in std::mem::take(&mut sync.calls) {
+            if !self.rng.chance(700) {
+                sync.calls.push((id, call));
                 continue;
             }
-            let ready = disk.used && self.nodes[node].runs(self.now) && self.serves(node);
-            if ready && self.rng.chance(120) {
-                self.run_sync(at, needed);
-            }
+            let reply = self.answer_sync(at, &call);
+            sync.machine.handle_reply(id, reply);
         }
     }
 
-    fn run_sync(&mut self, at: usize, needed: bool) {
-        let view = Arc::clone(self.view_of(self.disks[at].node));
-        let disk = self.disks[at].id;
-        let Some(sync) = &self.disks[at].sync else {
-            let mut missing = resync::peers(&view, disk);
-            missing.push(disk);
-            let (listings, actions) = (Listings::new(), None);
-            let basis = view.epoch;
-            self.disks[at].sync = Some(Sync { basis, missing, listings, actions, copying: false });
-            return;
-        };
-        if sync.basis != view.epoch || !needed {
-            self.disks[at].sync = None;
-        } else if !sync.missing.is_empty() {
-            self.ask_listings(at);
-        } else if sync.actions.is_none() {
-            match plan_slots(&view, disk, &self.used_slots(), &sync.listings) {
-                Ok(actions) => {
-                    if let Some(sync) = &mut self.disks[at].sync {
-                        sync.actions = Some(actions.into());
-                    }
-                }
-                Err(_) => self.disks[at].sync = None,
-            }
-        } else if !sync.copying {
-            self.next_action(at);
-        }
-    }
-
-    /// Some listings arrive, others another time.
-    fn ask_listings(&mut self, at: usize) {
-        let Some(sync) = &self.disks[at].sync else { return };
-        for disk in sync.missing.clone() {
-            if self.rng.chance(600) {
-                self.ask_listing(at, disk);
-            }
-        }
-    }
-
-    fn ask_listing(&mut self, at: usize, disk: DiskId) {
-        let (from, to) = (SlotId(0), SlotId(u16::MAX));
-        let request = Request::List { holder: self.disks[at].id, from, to, after: None };
+    fn answer_sync(&mut self, at: usize, call: &Call) -> Option<Reply> {
         let here = self.disks[at].node;
-        let call = Call { epoch: self.view_of(here).epoch, disk, writer: WriterGen(0), request };
-        let peer = self.disk_index(disk);
+        let peer = self.disk_index(call.disk);
         let there = self.disks[peer].node;
         let reachable = self.nodes[there].runs(self.now) && self.net.both(here, there);
-        let (id, lease) = (self.nodes[there].id, self.serves(there));
-        if !reachable
-            || !self.disks[peer].used
-            || replica::admit(self.view_of(there), id, lease, &call).is_err()
-        {
-            return;
+        if !reachable || !self.disks[peer].used {
+            return None;
         }
-        let listing = self.disks[peer].store.listing();
+        let (id, lease) = (self.nodes[there].id, self.serves(there));
+        let view = self.view_of(there);
+        if let Err(reject) = replica::admit(view, id, lease, call) {
+            return Some(Reply::Rejected(reject));
+        }
+        let disk = &self.disks[peer];
+        let reply = match &call.request {
+            Request::Digests { policy, slots } => {
+                let digest = |s: &SlotId| slot_digest(view, *policy, &disk.layers(*s));
+                Reply::Digests { digests: slots.iter().map(digest).collect() }
+            }
+            Request::List { from, to, after, .. } => {
+                let place = |key: &LayerKey| (key.object.slot(), *key);
+                let listing = disk.store.listing().into_iter();
+                let mut layers: Vec<(LayerKey, Version)> = listing
+                    .filter(|(key, _)| (*from..=*to).contains(&key.object.slot()))
+                    .filter(|(key, _)| after.is_none_or(|after| place(key) > place(&after)))
+                    .collect();
+                layers.sort_unstable_by_key(|(key, _)| place(key));
+                let more = layers.len() > MAX_LISTING;
+                layers.truncate(MAX_LISTING);
+                Reply::Listing { layers, more }
+            }
+            other => panic!("a recovery does not ask {other:?}"),
+        };
         if self.count_traffic {
-            let layers = listing.iter().map(|(k, v)| (*k, *v)).collect();
-            let reply = Reply::Listing { layers, more: false };
             let mut frame = Vec::new();
-            message::encode(&mut frame, 1, &call, &[], &[]);
+            message::encode(&mut frame, 1, call, &[], &[]);
             message::encode(&mut frame, 1, &reply, &[], &[]);
             self.traffic.sync += frame.len() as u64;
         }
-        if let Some(sync) = &mut self.disks[at].sync {
-            sync.missing.retain(|d| *d != disk);
-            sync.listings.insert(disk, listing);
-        }
+        Some(reply)
     }
 
-    fn next_action(&mut self, at: usize) {
-        let Some(sync) = &mut self.disks[at].sync else { return };
-        let action = sync.actions.as_mut().and_then(VecDeque::pop_front);
-        match action {
-            Some(_) if self.mutant == Mutant::SyncNothing => {}
-            Some(Action::Copy { key, expect, from, target }) => {
-                sync.copying = true;
-                self.start_copy(at, key, (expect, target), from, None, Origin::Sync);
-            }
-            Some(Action::Delete { .. }) if self.mutant == Mutant::ForgetDelete => {}
-            Some(Action::Delete { key }) => {
-                note!(self, "disk {} deletes {key}", at + 101);
-                self.disks[at].store.delete(key);
-            }
-            None => {
-                let basis = sync.basis;
-                let disk = &mut self.disks[at];
-                disk.sync = None;
-                if self.mutant != Mutant::SyncedWithoutFlush {
-                    disk.store.flush();
+    fn run_sync_effect(&mut self, at: usize, effect: Effect) {
+        match effect {
+            Effect::Call { id, call, .. } => {
+                if let Some(sync) = &mut self.disks[at].sync {
+                    sync.calls.push((id, call));
                 }
-                let (id, node) = (disk.id, disk.node);
-                let incarnation = self.nodes[node].incarnation;
+            }
+            Effect::Act { id, action: Action::Copy { key, expect, from, target } } => {
+                if self.mutant == Mutant::SyncNothing {
+                    self.sync_done(at, self.epoch_of(at), id, Ok(()));
+                } else {
+                    self.start_copy(at, key, (expect, target), from, None, Origin::Sync { id });
+                }
+            }
+            Effect::Act { id, action: Action::Delete { key } } => {
+                if self.mutant != Mutant::ForgetDelete && self.mutant != Mutant::SyncNothing {
+                    note!(self, "disk {} deletes {key}", at + 101);
+                    self.disks[at].store.delete(key);
+                }
+                self.sync_done(at, self.epoch_of(at), id, Ok(()));
+            }
+            Effect::Finish { id, command } => {
+                if self.mutant != Mutant::SyncedWithoutFlush {
+                    self.disks[at].store.flush();
+                }
+                let epoch = self.epoch_of(at);
+                self.sync_done(at, epoch, id, Ok(()));
                 self.stats.synced += 1;
-                let command = Command::Synced { disk: id, incarnation, basis, at: self.now };
-                self.propose(node, command);
+                if let Some(command) = command {
+                    self.propose(self.disks[at].node, command);
+                }
             }
         }
     }
 
-    pub fn sync_copied(&mut self, at: usize, epoch: Epoch, result: Result<(), Reply>) {
-        let Some(sync) = self.disks[at].sync.as_mut().filter(|s| s.basis == epoch) else { return };
-        sync.copying = false;
-        match result {
-            Ok(()) | Err(Reply::Failed(Failure::Behind { .. })) => {}
-            Err(_) => self.disks[at].sync = None,
+    fn epoch_of(&self, at: usize) -> Epoch {
+        self.disks[at].sync.as_ref().map_or(Epoch(0), |sync| sync.epoch)
+    }
+
+    fn sync_done(&mut self, at: usize, epoch: Epoch, id: u64, outcome: Result<(), Failure>) {
+        if let Some(sync) = self.disks[at].sync.as_mut().filter(|sync| sync.epoch == epoch) {
+            sync.machine.handle_done(id, outcome);
         }
+    }
+
+    pub fn sync_copied(&mut self, at: usize, epoch: Epoch, id: u64, result: Result<(), Reply>) {
+        let outcome = match result {
+            Ok(()) => Ok(()),
+            Err(Reply::Failed(failure)) => Err(failure),
+            Err(_) => Err(Failure::Source),
+        };
+        self.sync_done(at, epoch, id, outcome);
     }
 }

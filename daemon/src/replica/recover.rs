@@ -1,6 +1,7 @@
 //! Making a layer equal to another disk's: what differs is found by checksums, and only that is
 //! moved and written.
 
+use super::copies::Right;
 use super::{Answer, Disk, Replica, give, write_failure};
 use crate::cluster::lock;
 use sheepdog_cluster::message::{Failure, Reply, Request, Run, Span, frame_bytes};
@@ -56,8 +57,7 @@ impl AddAssign for Moved {
 #[derive(Clone, Copy)]
 struct Terms {
     epoch: Epoch,
-    /// Of a gateway's call.
-    ticket: Option<u64>,
+    right: Right,
     /// Nothing but the target version will do.
     exact: bool,
 }
@@ -104,7 +104,15 @@ impl Replica {
         epoch: Epoch,
         ticket: Option<u64>,
     ) -> Result<Moved, Failure> {
-        self.bring(disk, copy, Terms { epoch, ticket, exact: ticket.is_some() })
+        if let Some(ticket) = ticket {
+            return self.bring(
+                disk,
+                copy,
+                Terms { epoch, right: Right::Ticket(ticket), exact: true },
+            );
+        }
+        let own = self.copies.begin(disk.id, copy.key);
+        self.bring(disk, copy, Terms { epoch, right: own.right(), exact: false })
     }
 
     /// Replaces what is damaged of a layer by what disk `from` holds at the same `version`. All that
@@ -122,7 +130,8 @@ impl Replica {
         epoch: Epoch,
     ) -> Result<Moved, Failure> {
         let copy = Copy { key, expect: version, from, target: version };
-        self.bring(disk, copy, Terms { epoch, ticket: None, exact: true })
+        let own = self.copies.begin(disk.id, key);
+        self.bring(disk, copy, Terms { epoch, right: own.right(), exact: true })
     }
 
     fn bring(&self, disk: &Disk, copy: Copy, terms: Terms) -> Result<Moved, Failure> {
@@ -156,7 +165,7 @@ impl Replica {
 
     /// The layer is not at the expected version: says what that means.
     fn settle(&self, disk: &Disk, copy: &Copy, terms: Terms) -> Result<(), Failure> {
-        let wanted = self.copies.place(disk.id, copy.key, terms.ticket).is_some();
+        let wanted = self.copies.place(disk.id, copy.key, terms.right).is_some();
         if !wanted || !self.is_current(terms.epoch) {
             return Err(Failure::Source);
         }
@@ -179,7 +188,7 @@ impl Replica {
     ) -> Result<Placed, Failure> {
         let Copy { key, expect, .. } = *copy;
         // Held while the copy is put in place: whoever gives it up waits for that.
-        let placing = self.copies.place(disk.id, key, terms.ticket);
+        let placing = self.copies.place(disk.id, key, terms.right);
         if placing.is_none()
             || !fits(copy, terms, change.version())
             || !self.is_current(terms.epoch)
