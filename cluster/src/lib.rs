@@ -14,7 +14,6 @@ pub mod liveness;
 pub mod message;
 pub mod recovery;
 pub mod replica;
-pub mod resync;
 pub mod ring;
 pub mod settings;
 pub mod slab;

@@ -10,7 +10,7 @@
 //! *Comparing*: for each slot the disk asks the slot's sources ([`View::sources`]) for a digest of
 //! their layers. What equals all of them is done: a source had every write that counts when it
 //! answered, and writes of this epoch reach this disk by themselves. *Copying*: of the slots that differ,
-//! it gets the sources' listings and copies the layers whose versions differ ([`resync`]).
+//! it gets the sources' listings and copies the layers whose versions differ ([`plan_layer`]).
 //! *Cleaning*: it deletes what it has no more business with. Then it flushes, because from now on it
 //! counts as holding what others may have flushed long ago, and proposes
 //! [`Synced`](Command::Synced).
@@ -24,13 +24,14 @@
 //! The caller runs the effects in any order, and answers each exactly once.
 
 mod pass;
+mod plan;
 
 use crate::command::Command;
 use crate::message::{Call, Failure, Reply};
-use crate::resync::Action;
 use crate::state::Volume;
 use crate::view::{View, Waiting};
 use pass::Pass;
+pub use plan::{Action, Listings, plan_layer};
 use sheepdog_types::{DiskId, LayerKey, NodeId, SlotId, Version, hash64};
 use std::collections::VecDeque;
 use std::sync::Arc;

@@ -5,11 +5,11 @@
 mod common;
 
 use common::{attached, create, disk, down, enter, founded, key, synced, view};
-use sheepdog_cluster::resync::{Action, Listings, plan};
+use sheepdog_cluster::recovery::{Action, Listings, plan_layer};
 use sheepdog_cluster::state::ClusterState;
 use sheepdog_cluster::view::{View, Waiting};
 use sheepdog_types::{DiskId, LayerKey, SlotId, Version, VolumeId, WriterGen};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 fn slot(state: &ClusterState, min: usize) -> Result<(Vec<DiskId>, Vec<DiskId>), Waiting> {
     let slot = view(state).slot(SlotId(7), 3, min)?;
@@ -19,6 +19,13 @@ fn slot(state: &ClusterState, min: usize) -> Result<(Vec<DiskId>, Vec<DiskId>), 
         list
     };
     Ok((sorted(slot.members), sorted(slot.authorities)))
+}
+
+/// What a disk has to do about all layers that anybody lists.
+fn plan(view: &View, disk: DiskId, listings: &Listings) -> Result<Vec<Action>, Waiting> {
+    let keys: BTreeSet<LayerKey> = listings.values().flat_map(|l| l.keys().copied()).collect();
+    let steps = keys.iter().map(|key| plan_layer(view, disk, listings, *key, 0));
+    steps.filter_map(Result::transpose).collect()
 }
 
 fn disks(nodes: &[u64]) -> Vec<DiskId> {
@@ -166,7 +173,7 @@ fn nobody_is_synced_while_the_only_holder_is_away() {
     down(&mut state, 2, 1).unwrap();
     down(&mut state, 3, 1).unwrap();
     enter(&mut state, 1, 2).unwrap();
-    // Nobody who is up lists anything, but 3 may have layers.
-    let empty = listings(&[(1, None)], key(0));
-    assert_eq!(plan(&view(&state), disk(1), &empty), Err(Waiting::For(disks(&[3]))));
+    assert_eq!(view(&state).sources(SlotId(7), 3, 1), Err(Waiting::For(disks(&[3]))));
+    let told = listings(&[(1, Some(version(1, 1)))], key(0));
+    assert_eq!(plan(&view(&state), disk(1), &told), Err(Waiting::For(disks(&[3]))));
 }

@@ -1,9 +1,9 @@
 //! One attempt to make a disk complete, in one epoch.
 
+use super::plan::{Action, Listings, is_leftover, plan_layer};
 use super::{Effect, Local, MAX_DIGESTS, Policy, Progress, Stage, policy_of, slot_digest};
 use crate::command::Command;
 use crate::message::{Call, Failure, Reply, Request};
-use crate::resync::{Action, Listings, is_leftover, plan_layer};
 use crate::state::Volume;
 use crate::view::{Disks, View};
 use sheepdog_types::{

@@ -81,12 +81,13 @@ impl Store {
         self.layers.get(&key).map_or_else(Image::default, |l| l.now.clone())
     }
 
+    pub fn layers(&self) -> impl Iterator<Item = (LayerKey, Version)> {
+        let there = self.layers.iter().filter(|(_, l)| l.now.version != Version::NONE);
+        there.map(|(k, l)| (*k, l.now.version))
+    }
+
     pub fn listing(&self) -> BTreeMap<LayerKey, Version> {
-        self.layers
-            .iter()
-            .filter(|(_, l)| l.now.version != Version::NONE)
-            .map(|(k, l)| (*k, l.now.version))
-            .collect()
+        self.layers().collect()
     }
 
     pub fn volumes(&self) -> impl Iterator<Item = VolumeId> {

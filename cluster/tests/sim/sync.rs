@@ -4,9 +4,8 @@ use super::net::Origin;
 use super::node::Disk;
 use super::world::{Mutant, World};
 use sheepdog_cluster::message::{self, Call, Failure, MAX_LISTING, Reply, Request};
-use sheepdog_cluster::recovery::{Effect, Local, Recovery, slot_digest};
+use sheepdog_cluster::recovery::{Action, Effect, Local, Recovery, slot_digest};
 use sheepdog_cluster::replica;
-use sheepdog_cluster::resync::Action;
 use sheepdog_types::{Epoch, LayerKey, SlotId, Version};
 use std::sync::Arc;
 
@@ -26,12 +25,11 @@ impl Sync {
 
 impl Local for Disk {
     fn layers(&self, slot: SlotId) -> Vec<(LayerKey, Version)> {
-        let all = self.store.listing().into_iter();
-        all.filter(|(key, _)| key.object.slot() == slot).collect()
+        self.store.layers().filter(|(key, _)| key.object.slot() == slot).collect()
     }
 
     fn keys(&self) -> Vec<LayerKey> {
-        self.store.listing().into_keys().collect()
+        self.store.layers().map(|(key, _)| key).collect()
     }
 }
 
@@ -113,7 +111,7 @@ impl World {
             }
             Request::List { from, to, after, .. } => {
                 let place = |key: &LayerKey| (key.object.slot(), *key);
-                let listing = disk.store.listing().into_iter();
+                let listing = disk.store.layers();
                 let mut layers: Vec<(LayerKey, Version)> = listing
                     .filter(|(key, _)| (*from..=*to).contains(&key.object.slot()))
                     .filter(|(key, _)| after.is_none_or(|after| place(key) > place(&after)))

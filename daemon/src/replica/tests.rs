@@ -1,4 +1,4 @@
-use super::copies::Copies;
+use super::copies::{Copies, Right};
 use super::{Copy, Disk, Moved, Replica};
 use crate::cluster::{Cluster, boot_time};
 use sheepdog_cluster::command::{Command, DiskInfo, NodeInfo, encode_command};
@@ -353,7 +353,8 @@ fn i5_copies_of_a_layer_that_goes_on_are_of_one_version() {
 fn who_gives_a_copy_up_waits_for_the_one_being_put_in_place_and_for_no_other() {
     let copies = Copies::default();
     let ticket = copies.ask(HERE, key(0));
-    let placing = copies.place(HERE, key(0), None).unwrap();
+    let own = copies.begin(HERE, key(0));
+    let placing = copies.place(HERE, key(0), own.right()).unwrap();
     let placed = AtomicBool::new(false);
     copies.give_up(HERE, key(1));
     copies.give_up(THERE, key(0));
@@ -368,11 +369,11 @@ fn who_gives_a_copy_up_waits_for_the_one_being_put_in_place_and_for_no_other() {
         drop(placing);
         waiting.join().unwrap();
     });
-    assert!(copies.place(HERE, key(0), Some(ticket)).is_none(), "it was given up");
+    assert!(copies.place(HERE, key(0), Right::Ticket(ticket)).is_none(), "it was given up");
     let (old, new) = (copies.ask(HERE, key(0)), copies.ask(HERE, key(0)));
     copies.forget(HERE, key(0), old);
-    assert!(copies.place(HERE, key(0), Some(old)).is_none(), "a newer one was asked for");
-    assert!(copies.place(HERE, key(0), Some(new)).is_some());
+    assert!(copies.place(HERE, key(0), Right::Ticket(old)).is_none(), "a newer one was asked for");
+    assert!(copies.place(HERE, key(0), Right::Ticket(new)).is_some());
     copies.forget(HERE, key(0), new);
-    assert!(copies.place(HERE, key(0), Some(new)).is_none());
+    assert!(copies.place(HERE, key(0), Right::Ticket(new)).is_none());
 }
