@@ -20,6 +20,7 @@ use crate::format::{
 };
 use crate::io::Buffer;
 use crate::layer::{Base, Dropped, Entry, Overlay, Place, SlabRef};
+use crate::medium::VFile;
 use crate::states::{CompactStates, States};
 use crate::table::Sums;
 
@@ -186,9 +187,14 @@ impl Engine {
     }
 
     fn erase_leftovers(&self, checkpointer: &mut Checkpointer) -> io::Result<()> {
+        // Behind the end of a file there is nothing to erase, and a full disk has no space for it.
+        let erase = |file: &Arc<dyn VFile>, offset| match offset < file.len()? {
+            true => file.write_at(&[&[0; SECTOR]], offset),
+            false => Ok(()),
+        };
         for &(slab, slot) in &checkpointer.leftovers {
-            self.files.index.write_at(&[&[0; SECTOR]], index_offset(slab, slot))?;
-            self.files.sums.write_at(&[&[0; SECTOR]], copy_offset(slab, slot))?;
+            erase(&self.files.index, index_offset(slab, slot))?;
+            erase(&self.files.sums, copy_offset(slab, slot))?;
         }
         Ok(())
     }

@@ -128,6 +128,26 @@ fn i11_a_full_disk_that_lost_the_length_of_its_tables_can_be_opened() {
 }
 
 #[test]
+fn i11_leftovers_of_tables_that_were_lost_need_no_space() {
+    let medium = SimMedium::default();
+    let engine = new_sim(&medium);
+    let mut model = Model::new();
+    apply(&engine, &mut model, &write(0, 1, &[1, 2])).unwrap();
+    // It is written, but its sync fails.
+    medium.set_faults(Some(Fault { prefix: "sums", errno: Errno::IO, after: 1, count: 1 }));
+    engine.checkpoint().unwrap_err();
+    drop(engine);
+    medium.tamper_lens(&[("sums", 0)]);
+    let engine = open_sim(&medium).unwrap();
+    check_equal(&engine, &model).unwrap();
+    apply(&engine, &mut model, &Op::Delete { key: key(1, 0, 0) }).unwrap();
+    engine.checkpoint().unwrap();
+    assert_eq!(medium.file_len("sums"), 0, "space that a full disk does not have");
+    drop(engine);
+    check_equal(&open_sim(&medium).unwrap(), &model).unwrap();
+}
+
+#[test]
 fn i11_an_interrupted_checkpoint_leaves_nothing_that_a_later_one_trips_over() {
     let medium = SimMedium::default();
     let mut engine = new_sim(&medium);

@@ -10,8 +10,8 @@ use sheepdog_types::{BLOCK_SIZE, LayerKey, OBJECT_SIZE, SLOTS, SlotId, Version};
 
 use super::sim::{SECTOR, SimMedium, random_fate};
 use super::support::{
-    Model, ModelLayer, Op, Rng, blocks_of, create_sim, in_parallel, key, log_range, new_sim,
-    open_sim, seed, setting, small, version, versions,
+    Block, Model, ModelLayer, Op, Rng, blocks_of, create_sim, in_parallel, key, log_range, new_sim,
+    open_sim, patch_of, seed, setting, small, version, versions,
 };
 use crate::checkpoint::{copy_offset, index_offset, sums_offset};
 use crate::engine::Engine;
@@ -451,6 +451,67 @@ fn another_format_is_told_from_damage() {
     match check(dir.path(), &mut |_| {}) {
         Err(OpenError::OtherFormat { found: 9, .. }) => {}
         other => panic!("{other:?}"),
+    }
+}
+
+/// Blocks 0–9 of a layer are committed; of these a patch in the log makes 1 absent and 2 zero, and
+/// gives 4 and 7 new data. `last` and `tail` are its LSN.
+fn patched(durable: bool) -> Sample {
+    let medium = SimMedium::default();
+    create_sim(&medium, &roomy()).unwrap();
+    let engine = open_sim(&medium).unwrap();
+    let tags: Vec<u64> = (1..11).collect();
+    write(&engine, key(1, 0, 0), 1, 0, &tags);
+    engine.checkpoint().unwrap();
+    let blocks = (0..).zip(&tags).map(|(block, tag)| (block, Block::Data(*tag)));
+    let mut layer = ModelLayer { version: version(1, 2), blocks: blocks.collect() };
+    layer.blocks.remove(&1);
+    layer.blocks.extend([(2, Block::Zero), (4, Block::Data(40)), (7, Block::Data(70))]);
+    let lsn = log_range(&engine).1;
+    assert!(engine.patch(key(1, 0, 0), version(1, 1), &patch_of(&layer, &[4, 7])).unwrap());
+    if durable {
+        engine.sync_log().unwrap();
+    }
+    Sample { medium, replaced: 0, last: lsn, direct: 0, tail: lsn }
+}
+
+#[test]
+fn a_flipped_bit_of_a_patch_is_named() {
+    use Severity::Damage;
+    let sample = patched(true);
+    agrees(&sample.medium, "patched");
+    let tables = HEADER as u64 + 256 + 2 * 4;
+    // Header, changes of blocks 0 to 3, a checksum.
+    for at in [4, 28, 60, HEADER as u64, HEADER as u64 + 257] {
+        let report = sample.flip(&[("log/0000", sample.last + at)]);
+        let found = findings(&report, Damage);
+        assert_eq!(place(found[0]), (Damage, "log/0000", Some(sample.last)), "{at}");
+        assert!(found[0].what.contains("was durable") && report.incomplete.is_some(), "{at}");
+    }
+    // The bytes that it carries are those of blocks 4 and 7.
+    for (block, bytes) in [(4, sample.last + tables), (7, sample.last + tables + 4096)] {
+        let found = sample.flip_for_one(&[("log/0000", bytes + 99)]);
+        assert_eq!(place(&found), (Damage, "log/0000", Some(bytes)));
+        assert_eq!((found.layer, found.block, found.blocks), (Some(key(1, 0, 0)), Some(block), 1));
+    }
+    // What stays is in the slab; what was there of the blocks that it changes does not count.
+    let found = sample.flip_for_one(&[("data", 5 * BLOCK_SIZE as u64)]);
+    assert_eq!((found.layer, found.block), (Some(key(1, 0, 0)), Some(5)));
+    for block in [1, 2, 4, 7] {
+        assert_eq!(sample.flip(&[("data", block * BLOCK_SIZE as u64)]).findings, [], "{block}");
+    }
+}
+
+#[test]
+fn a_patch_that_was_not_durable_is_the_torn_end_of_the_log() {
+    let sample = patched(false);
+    let report = sample.flip(&[]);
+    assert_eq!((report.findings, report.totals.data_blocks), (vec![], 8));
+    for at in [4, HEADER as u64, HEADER as u64 + 256 + 8 + 4096] {
+        let report = sample.flip(&[("log/0000", sample.tail + at)]);
+        assert_eq!(report.findings, [], "{at}");
+        assert_eq!(report.totals.data_blocks, 10, "{at}");
+        assert_eq!(report.totals.log_start + report.totals.log_bytes, sample.tail, "{at}");
     }
 }
 

@@ -448,6 +448,18 @@ impl SimMedium {
         file.sync();
     }
 
+    /// Makes files shorter behind the store's back, durably.
+    pub(super) fn tamper_lens(&self, lens: &[(&str, u64)]) {
+        let mut sim = self.0.lock().unwrap();
+        for (name, len) in lens {
+            let file = sim.disk.files.get_mut(*name).unwrap();
+            file.sync();
+            (file.len, file.durable_len) = (*len, *len);
+            file.forget_after(*len);
+            file.current.clone_from(&file.durable);
+        }
+    }
+
     /// Offsets of sectors that hold anything.
     pub(super) fn written(&self, name: &str) -> Vec<u64> {
         let sim = self.0.lock().unwrap();
