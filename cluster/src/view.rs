@@ -387,10 +387,13 @@ impl View {
             Ok(holding) if holding.is_empty() => up_with(&|_| true),
             Ok(holding) => {
                 let up: Disks = holding.iter().copied().filter(|d| self.is_up(*d)).collect();
-                if up.is_empty() {
-                    return Err(Waiting::For(holding));
+                // Nobody waits for what was given up, even where nothing was ever written.
+                let mut awaited = holding;
+                awaited.retain(|d| view(d).is_some_and(|v| !v.lost));
+                if up.is_empty() && !awaited.is_empty() {
+                    return Err(Waiting::For(awaited));
                 }
-                up
+                if up.is_empty() { up_with(&|_| true) } else { up }
             }
             // The operator knows that it takes what is left, however old.
             Err(Forgotten) if home.iter().any(|d| view(&d).is_none_or(|v| v.lost)) => {

@@ -12,7 +12,8 @@ fn disks_come_and_go_under_load() {
     let lab = Lab::new("hot-disks");
     let mut cluster = Cluster::start(&lab, 3);
     cluster.create("disk", "32M", 3);
-    let mut client = cluster.export_nbd(1, "disk").connect();
+    let export = cluster.export_nbd(1, "disk");
+    let mut client = export.connect();
     let mut scribe = Scribe::new(seed(), 8192);
     (0..20).for_each(|_| scribe.write(&mut client, 32));
     let extra = lab.path("extra").display().to_string();
@@ -48,7 +49,7 @@ fn disks_come_and_go_under_load() {
     cluster.restart_after_stop(1);
     let kept = disks(&cluster, 1);
     assert_eq!((kept.len(), &kept[0]["id"]), (1, &left[0]["id"]));
-    let mut client = cluster.export_nbd(1, "disk").connect();
+    let mut client = export.connect();
     assert!(scribe.verify(&mut client) > 500);
 }
 
