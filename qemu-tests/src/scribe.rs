@@ -3,6 +3,7 @@
 
 use crate::{Client, Command, Rng};
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 const BLOCK: usize = 4096;
 
@@ -69,6 +70,31 @@ impl Scribe {
             let block = block.unwrap_or_else(|| panic!("a reply to no write: {handle}"));
             self.pages[block].answered = self.pages[block].sent;
         }
+    }
+
+    /// Writes and flushes on a connection of its own until `work` is done; gives what that gave.
+    pub fn write_during<T>(&mut self, client: &mut Client, work: impl FnOnce() -> T) -> T {
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                let mut rounds = 0_u64;
+                while !done.load(Ordering::Acquire) {
+                    self.write(client, 16);
+                    rounds += 1;
+                    if rounds.is_multiple_of(8) {
+                        self.flush(client);
+                    }
+                }
+                rounds
+            });
+            // The writer has to end whether the work does or panics.
+            let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+            done.store(true, Ordering::Release);
+            let rounds = writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            let value = outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            assert!(rounds > 0, "nothing was written meanwhile");
+            value
+        })
     }
 
     /// A flush; everything answered so far must be there from now on.

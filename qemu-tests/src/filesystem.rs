@@ -1,0 +1,108 @@
+//! A small file system whose disk can fail, in a mount namespace of the test's own.
+
+use crate::Lab;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Set in the process that has mounts of its own.
+const INSIDE: &str = "SHEEPDOG_DISK_FAILURE";
+
+/// Debian keeps the tools where users do not look for them.
+fn command(program: &str) -> Command {
+    let path = std::env::var("PATH").unwrap_or_default();
+    let mut command = Command::new(program);
+    command.env("PATH", format!("{path}:/usr/sbin:/sbin"));
+    command
+}
+
+fn do_it(program: &str, args: &[&str]) {
+    let output = command(program).args(args).output();
+    let output = output.unwrap_or_else(|e| panic!("{program}: {e}"));
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program} {args:?}: {text}");
+}
+
+/// Runs the test `name` again in a process with its own mounts, which end with it; true in there.
+/// Without the right or the tools it is skipped, or fails where `CI` or `SHEEPDOG_REQUIRE` is set.
+pub fn inside(name: &str) -> bool {
+    if std::env::var_os(INSIDE).is_some() {
+        return true;
+    }
+    let mounts = ["--mount", "--propagation", "private", "--"];
+    let root = command("unshare").args(mounts).arg("true").output();
+    let missing = ["mkfs.ext4", "xfs_io", "mount", "umount"]
+        .into_iter()
+        .find(|tool| command(tool).arg("-V").output().is_err());
+    if missing.is_some() || !root.is_ok_and(|output| output.status.success()) {
+        let required = ["CI", "SHEEPDOG_REQUIRE"].iter().any(|n| std::env::var_os(n).is_some());
+        let reason = missing.unwrap_or("the right to mount file systems");
+        assert!(!required, "{name} cannot run here, but must: {reason} is missing");
+        println!("{name}: SKIPPED: {reason} is missing");
+        return false;
+    }
+    let this = std::env::current_exe().unwrap_or_else(|e| panic!("no name of this program: {e}"));
+    let mut again = command("unshare");
+    again.args(mounts).arg(this).args(["--exact", name, "--nocapture"]).env(INSIDE, name);
+    let status = again.status().unwrap_or_else(|e| panic!("unshare: {e}"));
+    assert!(status.success(), "{name} failed: see above");
+    false
+}
+
+/// A small file system whose disk can fail.
+pub struct FileSystem {
+    image: PathBuf,
+    mount: PathBuf,
+}
+
+impl FileSystem {
+    /// A new one with a mount of its own, which ends with the process.
+    pub fn new(lab: &Lab) -> Self {
+        let this = Self { image: lab.path("image"), mount: lab.path("mount") };
+        let made = File::create(&this.image).and_then(|file| file.set_len(512 << 20));
+        made.and_then(|()| std::fs::create_dir(&this.mount)).unwrap_or_else(|e| panic!("{e}"));
+        do_it("mkfs.ext4", &["-q", "-F", text(&this.image)]);
+        this.mount();
+        this
+    }
+
+    fn mount(&self) {
+        do_it("mount", &["-o", "loop", text(&self.image), text(&self.mount)]);
+    }
+
+    /// From now on everything fails with EIO, and what was not synced is lost.
+    pub fn fail(&self) {
+        do_it("xfs_io", &["-x", "-c", "shutdown", text(&self.mount)]);
+    }
+
+    /// A path in it.
+    pub fn path(&self, name: &str) -> String {
+        text(&self.mount.join(name)).to_owned()
+    }
+
+    /// A new disk in the place of the failed one, which may still be in use.
+    pub fn replace(&self) {
+        do_it("umount", &["-l", text(&self.mount)]);
+        let made = std::fs::remove_file(&self.image).and_then(|()| File::create(&self.image));
+        made.and_then(|file| file.set_len(512 << 20)).unwrap_or_else(|e| panic!("{e}"));
+        do_it("mkfs.ext4", &["-q", "-F", text(&self.image)]);
+        self.mount();
+    }
+
+    /// The disk was only unplugged; nobody may use it now.
+    pub fn come_back(&self) {
+        do_it("umount", &[text(&self.mount)]);
+        self.mount();
+    }
+}
+
+impl Drop for FileSystem {
+    fn drop(&mut self) {
+        // The namespace ends with the process; this only frees the directory before.
+        let _ = command("umount").args(["-l", text(&self.mount)]).status();
+    }
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap_or_else(|| panic!("a strange path: {}", path.display()))
+}
