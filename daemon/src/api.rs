@@ -5,6 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 pub use sheepdog_cluster::command::Ack;
+use std::collections::BTreeMap;
 
 /// A question or order to one node; it speaks for the whole cluster.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -14,8 +15,90 @@ pub enum Request {
     ClusterInfo,
     /// [`Health`].
     ClusterHealth,
+    /// A list of [`SettingInfo`].
+    ClusterSettings {
+        /// Only this one.
+        name: Option<String>,
+    },
+    /// Changes a setting; answers a list of this one [`SettingInfo`].
+    ClusterSet {
+        /// Its name.
+        name: String,
+        /// Its new value.
+        value: String,
+    },
+    /// What giving up disks that are down would lose: a [`RecoverPlan`]. Changes nothing.
+    ClusterRecoverPlan {
+        /// Nodes (address or id) and disks (id); all that are waited for when empty.
+        targets: Vec<String>,
+    },
+    /// Gives up disks, if nothing has changed since the plan; answers null.
+    ClusterRecover {
+        /// Ids of the disks, from the plan.
+        disks: Vec<String>,
+        /// Epoch of the plan.
+        epoch: u64,
+    },
     /// A list of [`NodeInfo`].
     NodeList,
+    /// Moves all data away from a node that stays up; answers its [`NodeInfo`].
+    NodeDrain {
+        /// Its address or id.
+        node: String,
+        /// Even if too few nodes stay for the copies that volumes want.
+        #[serde(default)]
+        force: bool,
+    },
+    /// Lets a drained node take data again; answers its [`NodeInfo`].
+    NodeUndrain {
+        /// Its address or id.
+        node: String,
+    },
+    /// Ends the membership of a node for good; answers null.
+    NodeRemove {
+        /// Its address or id.
+        node: String,
+        /// Even if it has data, serves volumes, or others wait for it.
+        #[serde(default)]
+        force: bool,
+    },
+    /// Moves a node to another failure zone; answers its [`NodeInfo`].
+    NodeSetZone {
+        /// Its address or id.
+        node: String,
+        /// The zone.
+        zone: String,
+    },
+    /// Changes a disk's share of the data; answers the [`NodeInfo`] of its node.
+    NodeSetWeight {
+        /// Id of the disk, or address or id of a node with one disk.
+        target: String,
+        /// The new share, as a rule GiB of capacity.
+        weight: u64,
+        /// Even if too few nodes stay for the copies that volumes want.
+        #[serde(default)]
+        force: bool,
+    },
+    /// Takes a disk into service on this node; answers a list of [`DiskInfo`].
+    NodeDiskAdd {
+        /// Absolute path of its directory.
+        path: String,
+        /// Share of the data; its capacity in GiB when absent.
+        weight: Option<u64>,
+    },
+    /// Moves the data of a disk of this node away, then ends its membership; answers a list of
+    /// [`DiskInfo`] with this disk.
+    NodeDiskRemove {
+        /// Its id or path.
+        disk: String,
+        /// Even if too few nodes stay for the copies that volumes want.
+        #[serde(default)]
+        force: bool,
+    },
+    /// A list of [`DiskInfo`]: the disks of this node.
+    NodeDiskList,
+    /// The background recovery of the whole cluster: [`Recovery`].
+    NodeRecovery,
     /// Scrubs the disks of this node, or goes on with it; answers a list of [`ScrubInfo`].
     NodeScrubStart {
         /// Bytes per second of each disk; as before when absent.
@@ -112,6 +195,8 @@ pub struct ClusterInfo {
     pub nodes_up: usize,
     /// Volumes.
     pub volumes: usize,
+    /// Settings by name.
+    pub settings: BTreeMap<String, String>,
     /// Past epochs, newest first, at most 100.
     pub epochs: Vec<EpochInfo>,
 }
@@ -165,6 +250,35 @@ pub struct SlotCounts {
     pub waiting: usize,
 }
 
+/// A setting of the cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SettingInfo {
+    /// Its name.
+    pub name: String,
+    /// Its value.
+    pub value: String,
+    /// The values that there are.
+    pub values: String,
+    /// What it means.
+    pub meaning: String,
+}
+
+/// How a node takes part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NodeState {
+    /// It serves.
+    Up,
+    /// It does not answer.
+    Down,
+    /// It has been down for so long that others take its place.
+    Out,
+    /// It serves, and its data move away.
+    Draining,
+    /// It is no member any more; remembered until its data are elsewhere.
+    Removed,
+}
+
 /// A member of the cluster.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeInfo {
@@ -174,10 +288,28 @@ pub struct NodeInfo {
     pub address: String,
     /// Failure zone.
     pub zone: String,
-    /// `up` or `down`.
-    pub state: String,
+    /// How it takes part.
+    pub state: NodeState,
+    /// It is draining, and none of its disks has to hold anything any more.
+    pub drained: bool,
     /// Its disks.
     pub disks: Vec<DiskInfo>,
+}
+
+/// How a disk takes part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskState {
+    /// It serves.
+    Up,
+    /// Its node is down.
+    Down,
+    /// Its node is up, without it.
+    Failed,
+    /// It has been down or failed for so long that others take its place.
+    Out,
+    /// Its data move away, then it leaves the cluster.
+    Leaving,
 }
 
 /// A disk of a member.
@@ -187,12 +319,131 @@ pub struct DiskInfo {
     pub id: String,
     /// Where it is; absent while its node does not answer.
     pub path: Option<String>,
+    /// How it takes part.
+    pub state: DiskState,
+    /// Its share of the data.
+    pub weight: u64,
     /// Bytes that it can hold; absent while its node does not answer.
     pub capacity: Option<u64>,
     /// Bytes of data blocks; absent while its node does not answer.
     pub used: Option<u64>,
     /// It holds everything that it must hold; otherwise it is being synchronised.
     pub complete: bool,
+    /// Why it is out of service, as far as its node knows.
+    pub failure: Option<String>,
+}
+
+/// What the background recovery of a disk does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RecoveryState {
+    /// Nothing: the disk holds what it must hold.
+    Idle,
+    /// It looks for what differs.
+    Comparing,
+    /// It copies.
+    Copying,
+    /// It waits for other nodes.
+    Waiting,
+    /// It stands still because it was told to.
+    Paused,
+}
+
+/// The background recovery of a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecoveryInfo {
+    /// Id of the disk.
+    pub disk: String,
+    /// What it does.
+    pub state: RecoveryState,
+    /// Slots that it has to compare.
+    pub slots_total: u64,
+    /// Slots that hold what they must hold.
+    pub slots_done: u64,
+    /// Objects copied or deleted so far.
+    pub objects_copied: u64,
+    /// Objects known to differ so far, those copied included.
+    pub objects_planned: u64,
+    /// Bytes copied so far.
+    pub bytes_moved: u64,
+    /// Bytes copied per second, lately.
+    pub bytes_per_second: u64,
+    /// Seconds until it is done, as far as that can be told.
+    pub eta_seconds: Option<u64>,
+    /// Whom it waits for.
+    pub waits_for: Option<String>,
+}
+
+/// The background recovery of all disks of a node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeRecovery {
+    /// Id of the node.
+    pub node: String,
+    /// `IP:PORT`.
+    pub address: String,
+    /// Its disks; absent when it does not answer.
+    pub disks: Option<Vec<RecoveryInfo>>,
+}
+
+/// The background recovery of the whole cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recovery {
+    /// It stands still because an operator said so.
+    pub paused: bool,
+    /// Nodes that are up.
+    pub nodes: Vec<NodeRecovery>,
+}
+
+/// What giving up disks would lose.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecoverPlan {
+    /// Epoch in which it holds.
+    pub epoch: u64,
+    /// The disks that would be given up.
+    pub disks: Vec<LostDisk>,
+    /// Slots that wait now, in groups that wait for the same disks.
+    pub waiting: Vec<WaitingGroup>,
+    /// Slots that would go on waiting.
+    pub still_waiting: usize,
+    /// What volumes would lose; those that would lose nothing are left out.
+    pub volumes: Vec<VolumeLoss>,
+}
+
+/// A disk that is down.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LostDisk {
+    /// Its id.
+    pub disk: String,
+    /// Address of its node.
+    pub address: String,
+    /// Seconds since 1970 when it went down, if that is remembered.
+    pub down_since: Option<u64>,
+}
+
+/// Slots that wait for the same disks for the same reason.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WaitingGroup {
+    /// How many.
+    pub slots: usize,
+    /// Why, and for whom.
+    pub reason: String,
+}
+
+/// What a volume would lose.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeLoss {
+    /// Its name.
+    pub volume: String,
+    /// Places of objects of 4 MiB, written or not.
+    pub objects: u64,
+    /// Of these, places without any replica left: they read as zeroes.
+    pub gone: u64,
+    /// Of these, places with an older replica only.
+    pub older: u64,
+    /// Writes from this epoch on may be missing from the older ones; absent if too long ago.
+    pub older_since_epoch: Option<u64>,
+    /// When that epoch began, seconds since 1970.
+    pub older_since: Option<u64>,
 }
 
 /// What a scrub of a disk does.

@@ -108,6 +108,11 @@ impl Cluster {
         lock(&self.state)
     }
 
+    /// Wakes whoever follows changes: something of this node has changed.
+    pub fn nudge(&self) {
+        self.changes.send_modify(|count| *count += 1);
+    }
+
     /// Wakes after each change of the state; the value counts revisions.
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<u64> {

@@ -3,6 +3,7 @@
 //! A connection carries one request and its answer at a time; a caller takes an idle connection
 //! or makes a new one. Large log frames therefore never hold back small ones.
 
+use crate::api::RecoveryInfo;
 use crate::cluster::lock;
 use crate::wire::{ControlType, HELLO_LEN, HELLO_TIMEOUT, Hello, HelloError, Kind, MAX_ADMIN};
 use serde::{Deserialize, Serialize};
@@ -81,6 +82,13 @@ pub enum NodeRequest {
         /// Which and where, at most [`MAX_COMPLAINTS`].
         targets: Vec<(NodeId, String)>,
     },
+    /// Is this node no member any more?
+    Removed {
+        /// Which.
+        node: NodeId,
+    },
+    /// How far is the background recovery?
+    Recovery,
 }
 
 /// The answer of one node to another.
@@ -122,6 +130,15 @@ pub enum NodeReply {
     NotFounded,
     /// Answers [`NodeRequest::Probe`]: the nodes that cannot be reached.
     Unreachable(Vec<NodeId>),
+    /// Answers [`NodeRequest::Removed`].
+    Removed {
+        /// The node was removed from the cluster.
+        removed: bool,
+        /// The cluster log still counts on it.
+        in_log: bool,
+    },
+    /// Answers [`NodeRequest::Recovery`].
+    Recovery(Vec<RecoveryInfo>),
 }
 
 /// What a node tells of its disks.

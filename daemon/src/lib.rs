@@ -17,6 +17,7 @@ pub mod exports;
 pub mod leader;
 pub mod listener;
 pub mod liveness;
+pub mod membership;
 pub mod node;
 pub mod peers;
 pub mod pool;

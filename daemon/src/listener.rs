@@ -1,6 +1,5 @@
 //! The one port of a node: says hello, and hands each connection to where it belongs.
 
-use crate::admin;
 use crate::control::{NodeReply, NodeRequest, STATUS_ERROR, STATUS_OK, read_frame, write_frame};
 use crate::liveness::unreachable_of;
 use crate::node::Node;
@@ -8,6 +7,7 @@ use crate::tasks::look_at_refusing;
 use crate::wire::{
     ControlType, HELLO_LEN, HELLO_TIMEOUT, Hello, Kind, MAX_ADMIN, PROTOCOL_VERSION, Verdict,
 };
+use crate::{admin, membership};
 use sheepdog_log::ClusterLog;
 use sheepdog_types::{ClusterId, NodeId};
 use std::io;
@@ -71,7 +71,7 @@ async fn greet(
     let mut bytes = [0; HELLO_LEN];
     tokio::time::timeout(HELLO_TIMEOUT, stream.read_exact(&mut bytes)).await??;
     let hello = Hello::decode(&bytes).map_err(io::Error::other)?;
-    let ours: ClusterId = node.identity.cluster.parse().map_err(io::Error::other)?;
+    let ours: ClusterId = node.identity().cluster.parse().map_err(io::Error::other)?;
     let verdict = if hello.version != PROTOCOL_VERSION {
         Verdict::WrongVersion
     } else if hello.cluster != ClusterId(0) && hello.cluster != ours {
@@ -137,7 +137,7 @@ async fn answer_node(node: &Arc<Node>, body: &[u8]) -> (u8, Vec<u8>) {
 async fn handle_node(node: &Arc<Node>, request: NodeRequest) -> Result<NodeReply, String> {
     match request {
         NodeRequest::WhoAreYou => {
-            let cluster = node.identity.cluster.parse().map_err(|_| "damaged cluster id")?;
+            let cluster = node.identity().cluster.parse().map_err(|_| "damaged cluster id")?;
             let release = env!("CARGO_PKG_VERSION").to_owned();
             Ok(NodeReply::IAm { cluster, node: node.cluster.node, release })
         }
@@ -165,6 +165,8 @@ async fn handle_node(node: &Arc<Node>, request: NodeRequest) -> Result<NodeReply
             stats.map(NodeReply::Stats).map_err(|e| e.to_string())
         }
         NodeRequest::Disks => Ok(NodeReply::Disks(admin::local_disks(node))),
+        NodeRequest::Removed { node: id } => Ok(membership::is_removed(node, id)),
+        NodeRequest::Recovery => Ok(NodeReply::Recovery(admin::local_recovery(node))),
     }
 }
 

@@ -1,8 +1,8 @@
 //! A running node: everything it consists of, and its start and stop.
 
-use crate::cluster::{Cluster, boot_time};
+use crate::cluster::{Cluster, boot_time, lock};
 use crate::control::{ControlClient, LogTransport, NodeReply, NodeRequest};
-use crate::dir::{DiskEntry, FORMAT, Identity, NodeDir};
+use crate::dir::{DirError, DiskEntry, FORMAT, Identity, NodeDir};
 use crate::exports::ExportTable;
 use crate::leader::Leader;
 use crate::listener;
@@ -18,9 +18,10 @@ use sheepdog_log::{ClusterLog, Options as LogOptions, ProposeError, RaftLog};
 pub use sheepdog_store::{Cache, IoBackend};
 use sheepdog_store::{Options as StoreOptions, Store, StoreIds};
 use sheepdog_types::{ClusterId, DiskId, NodeId};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
@@ -72,8 +73,10 @@ pub type StartError = Box<dyn std::error::Error + Send + Sync>;
 pub struct Node {
     /// Its directory.
     pub dir: Arc<NodeDir>,
-    /// Who it is.
-    pub identity: Identity,
+    /// Who it is, as `node.json` says.
+    identity: Mutex<Identity>,
+    /// How its disks are opened.
+    pub store_options: StoreOptions,
     /// The agreed state.
     pub cluster: Arc<Cluster>,
     /// The cluster log.
@@ -93,7 +96,13 @@ pub struct Node {
     /// Recoveries of its disks.
     pub recoveries: Recoveries,
     /// Scrubs of its disks.
-    pub scrubbers: Vec<Scrubber>,
+    scrubbers: Mutex<BTreeMap<DiskId, Arc<Scrubber>>>,
+    /// Disks of it that could not be opened, and why.
+    pub unopened: Mutex<BTreeMap<DiskId, String>>,
+    /// Held while a disk is added or removed.
+    pub disk_changes: tokio::sync::Mutex<()>,
+    /// Why it has to stop: it is no member any more.
+    pub expelled: watch::Sender<Option<String>>,
     /// Why it has not entered yet.
     pub(crate) obstacle: Mutex<String>,
     /// Set when it stops.
@@ -145,7 +154,8 @@ pub async fn start(config: Config) -> Result<Arc<Node>, StartError> {
     let on_refused = |sender: mpsc::Sender<NodeId>| {
         Box::new(move |node| _ = sender.try_send(node)) as Box<dyn Fn(NodeId) + Send + Sync>
     };
-    let disks = open_disks(&identity, cluster_id, id, &config.store_options())?;
+    let store_options = config.store_options();
+    let (disks, unopened) = open_disks(&identity, cluster_id, id, &store_options)?;
     let replica = Replica::new(Arc::clone(&cluster), disks)?;
     let peers = Peers::new(Arc::clone(&cluster), cluster_id, on_refused(refused.clone()));
     replica.set_peers(&peers);
@@ -165,10 +175,12 @@ pub async fn start(config: Config) -> Result<Arc<Node>, StartError> {
     let client = Arc::new(ControlClient::new(cluster_id, id));
     let leader = Leader::default();
     let recoveries = Recoveries::new(Arc::clone(&cluster.clients));
-    let scrubbers = replica.disks().map(|disk| Scrubber::new(Arc::clone(disk))).collect();
+    let scrubber = |disk: Arc<Disk>| (disk.id, Arc::new(Scrubber::new(disk)));
+    let scrubbers = replica.disks().into_iter().map(scrubber).collect();
     let node = Arc::new(Node {
         dir,
-        identity,
+        identity: Mutex::new(identity),
+        store_options,
         cluster,
         log,
         replica,
@@ -178,7 +190,10 @@ pub async fn start(config: Config) -> Result<Arc<Node>, StartError> {
         exports,
         leader,
         recoveries,
-        scrubbers,
+        scrubbers: Mutex::new(scrubbers),
+        unopened: Mutex::new(unopened),
+        disk_changes: tokio::sync::Mutex::default(),
+        expelled: watch::Sender::new(None),
         obstacle: Mutex::default(),
         stopping,
     });
@@ -231,7 +246,8 @@ async fn revisit(
         let path = std::path::absolute(path)?;
         if !identity.disks.iter().any(|d| d.path == path) {
             return Err(format!(
-                "disk {} is not part of this node, which was created with {}; nothing was changed",
+                "disk {} is not part of this node, which has {}; `dog node disk add` adds a disk while it \
+                 runs. Nothing was changed",
                 path.display(),
                 identity
                     .disks
@@ -363,23 +379,42 @@ fn open_disks(
     cluster: ClusterId,
     node: NodeId,
     options: &StoreOptions,
-) -> Result<Vec<Disk>, StartError> {
-    let mut disks = Vec::new();
+) -> Result<(Vec<Disk>, BTreeMap<DiskId, String>), StartError> {
+    let (mut disks, mut failed) = (Vec::new(), BTreeMap::new());
     for entry in &identity.disks {
         let id: DiskId = entry.id.parse()?;
-        let store = Store::open(&entry.path, options.clone())?;
-        let expected = StoreIds { cluster, node, disk: id };
-        if store.ids() != expected {
-            return Err(format!(
-                "the store in {} belongs to {:?}, this node expects {expected:?}",
-                entry.path.display(),
-                store.ids()
-            )
-            .into());
+        match open_store(entry, StoreIds { cluster, node, disk: id }, options) {
+            Ok(store) => disks.push(Disk { id, path: entry.path.clone(), store }),
+            Err(error) => _ = failed.insert(id, error.to_string()),
         }
-        disks.push(Disk { id, path: entry.path.clone(), store });
     }
-    Ok(disks)
+    // One bad disk is no reason to stay away with the others; without any, it looks like a mistake.
+    if disks.is_empty()
+        && let Some(error) = failed.first_entry()
+    {
+        return Err(error.get().clone().into());
+    }
+    for (disk, error) in &failed {
+        tracing::error!(%disk, error, "a disk cannot be opened; starting without it");
+    }
+    Ok((disks, failed))
+}
+
+fn open_store(
+    entry: &DiskEntry,
+    expected: StoreIds,
+    options: &StoreOptions,
+) -> Result<Store, StartError> {
+    let store = Store::open(&entry.path, options.clone())?;
+    if store.ids() != expected {
+        return Err(format!(
+            "the store in {} belongs to {:?}, this node expects {expected:?}",
+            entry.path.display(),
+            store.ids()
+        )
+        .into());
+    }
+    Ok(store)
 }
 
 async fn open_log(
@@ -460,8 +495,8 @@ impl Node {
         let works = |disk: &DiskInfo| {
             self.replica.disk(disk.id).is_some_and(|disk| disk.store.failure().is_none())
         };
-        let disks = self
-            .identity
+        let identity = self.identity();
+        let disks = identity
             .disks
             .iter()
             .filter_map(|d| Some(DiskInfo { id: d.id.parse().ok()?, weight: d.weight }))
@@ -469,8 +504,8 @@ impl Node {
         NodeInfo {
             id: self.cluster.node,
             incarnation: self.cluster.incarnation(),
-            address: self.identity.address.clone(),
-            zone: self.identity.zone.clone(),
+            address: identity.address.clone(),
+            zone: identity.zone.clone(),
             disks: disks.collect(),
         }
     }
@@ -479,14 +514,47 @@ impl Node {
     #[must_use]
     pub fn weight_of(&self, disk: DiskId) -> Option<u64> {
         let id = disk.to_string();
-        self.identity.disks.iter().find(|d| d.id == id).map(|d| d.weight)
+        self.identity().disks.iter().find(|d| d.id == id).map(|d| d.weight)
     }
 
-    /// Whether a disk is out of service that the cluster still counts on.
+    /// Who it is. Do not hold it across an await.
+    pub fn identity(&self) -> MutexGuard<'_, Identity> {
+        lock(&self.identity)
+    }
+
+    /// Changes what `node.json` says, durably.
+    ///
+    /// # Errors
+    /// It could not be written; nothing was changed.
+    pub fn change_identity(&self, change: impl FnOnce(&mut Identity)) -> Result<(), DirError> {
+        let mut identity = self.identity();
+        let mut changed = identity.clone();
+        change(&mut changed);
+        self.dir.save_identity(&changed)?;
+        *identity = changed;
+        Ok(())
+    }
+
+    /// The scrubs of its disks.
     #[must_use]
-    pub fn has_lost_disk(&self) -> bool {
-        let view = self.cluster.view();
-        self.replica.disks().any(|disk| view.is_up(disk.id) && disk.store.failure().is_some())
+    pub fn scrubbers(&self) -> Vec<Arc<Scrubber>> {
+        lock(&self.scrubbers).values().cloned().collect()
+    }
+
+    /// Takes a disk into service here; the cluster has to be told.
+    pub fn open_disk(&self, disk: Disk) {
+        let disk = Arc::new(disk);
+        lock(&self.scrubbers).insert(disk.id, Arc::new(Scrubber::new(Arc::clone(&disk))));
+        self.replica.insert(disk);
+    }
+
+    /// Takes a disk out of service here, waiting for a layer that is being scrubbed.
+    pub fn close_disk(&self, id: DiskId) -> Option<Arc<Disk>> {
+        let scrubber = lock(&self.scrubbers).remove(&id);
+        if let Some(scrubber) = scrubber {
+            scrubber.stop();
+        }
+        self.replica.remove(id)
     }
 
     /// Stops cleanly: finishes what is in progress, gives attachments back, tells the cluster.
@@ -495,7 +563,7 @@ impl Node {
         self.stopping.send_replace(true);
         let node = Arc::clone(self);
         let stop_all = move || {
-            node.scrubbers.iter().for_each(Scrubber::stop);
+            node.scrubbers().iter().for_each(|scrubber| scrubber.stop());
             node.exports.stop_all()
         };
         let attached = tokio::task::spawn_blocking(stop_all).await.unwrap_or_default();
@@ -512,7 +580,8 @@ impl Node {
             };
             let _ = self.log.propose(encode_command(&down)).await;
         };
-        if tokio::time::timeout(FAREWELL, farewell).await.is_err() {
+        let is_member = self.expelled.borrow().is_none();
+        if is_member && tokio::time::timeout(FAREWELL, farewell).await.is_err() {
             tracing::warn!("the cluster could not be told; it will notice by itself");
         }
         self.cluster.lease.drop_now();

@@ -173,7 +173,7 @@ pub async fn run(node: Arc<Node>) {
     let mut changes = node.cluster.changes(); // a disk that comes or goes is agreed
     loop {
         changes.borrow_and_update();
-        let disks: Vec<Arc<Disk>> = node.replica.disks().cloned().collect();
+        let disks: Vec<Arc<Disk>> = node.replica.disks();
         {
             let mut known = lock(&node.recoveries.disks);
             known.retain(|_, entry| disks.iter().any(|disk| Arc::ptr_eq(disk, &entry.disk)));
@@ -204,7 +204,7 @@ async fn drive(node: Arc<Node>, entry: Arc<Entry>) {
     // Not all disks at once.
     let spread = CHECK.mul_f64((entry.disk.id.0 % 1000) as f64 / 1000.0);
     let mut check_at = tokio::time::Instant::now() + spread;
-    while node.replica.disk(entry.disk.id).is_some_and(|disk| Arc::ptr_eq(disk, &entry.disk)) {
+    while node.replica.disk(entry.disk.id).is_some_and(|disk| Arc::ptr_eq(&disk, &entry.disk)) {
         changes.borrow_and_update();
         let may_act = work(&node, &entry);
         let wants_tick = !may_act || lock(&entry.machine).wants_tick();

@@ -9,7 +9,7 @@ use sheepdog_store::{BlocksRead, Payload, ReadError, Store, WriteError};
 use sheepdog_types::{BLOCK_SIZE, DiskId, LayerKey, Version};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 mod copies;
 mod give;
@@ -66,7 +66,8 @@ pub type Later = Box<dyn FnOnce(Answer) + Send>;
 /// The disks of this node. See the [module](self).
 pub struct Replica {
     cluster: Arc<Cluster>,
-    disks: BTreeMap<DiskId, Arc<Disk>>,
+    /// Replaced as a whole when a disk comes or goes.
+    disks: RwLock<Arc<BTreeMap<DiskId, Arc<Disk>>>>,
     /// Copies from peers: these jobs wait for the network.
     copying: Pool,
     copies: Copies,
@@ -84,7 +85,9 @@ impl Replica {
     pub fn new(cluster: Arc<Cluster>, disks: Vec<Disk>) -> std::io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             cluster,
-            disks: disks.into_iter().map(|disk| (disk.id, Arc::new(disk))).collect(),
+            disks: RwLock::new(Arc::new(
+                disks.into_iter().map(|disk| (disk.id, Arc::new(disk))).collect(),
+            )),
             copying: Pool::new("copy", 2, 256)?,
             copies: Copies::default(),
             serving: Pool::new("serve", 2, 1024)?,
@@ -97,15 +100,29 @@ impl Replica {
         *lock(&self.peers) = Arc::downgrade(peers);
     }
 
-    /// The disks.
-    pub fn disks(&self) -> impl Iterator<Item = &Arc<Disk>> {
-        self.disks.values()
+    /// The disks there are now.
+    #[must_use]
+    pub fn disks(&self) -> Vec<Arc<Disk>> {
+        let disks = self.disks.read().unwrap_or_else(PoisonError::into_inner);
+        disks.values().cloned().collect()
     }
 
     /// The disk with this id.
     #[must_use]
-    pub fn disk(&self, id: DiskId) -> Option<&Arc<Disk>> {
-        self.disks.get(&id)
+    pub fn disk(&self, id: DiskId) -> Option<Arc<Disk>> {
+        self.disks.read().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
+    }
+
+    /// Takes a disk into service: calls to it are carried out from now on.
+    pub fn insert(&self, disk: Arc<Disk>) {
+        let mut disks = self.disks.write().unwrap_or_else(PoisonError::into_inner);
+        Arc::make_mut(&mut disks).insert(disk.id, disk);
+    }
+
+    /// Takes a disk out of service: calls to it are rejected from now on. Calls under way go on.
+    pub fn remove(&self, id: DiskId) -> Option<Arc<Disk>> {
+        let mut disks = self.disks.write().unwrap_or_else(PoisonError::into_inner);
+        Arc::make_mut(&mut disks).remove(&id)
     }
 
     /// Carries out a call: gives the answer at once, or calls what `later` makes when it is done.
@@ -122,7 +139,7 @@ impl Replica {
         if let Err(reject) = admit(&view, self.cluster.node, may_serve, call) {
             return Some(reject.into());
         }
-        let Some(disk) = self.disks.get(&call.disk) else {
+        let Some(disk) = &self.disk(call.disk) else {
             return Some(Reject::NotMember.into());
         };
         match &call.request {
@@ -183,7 +200,7 @@ impl Replica {
     }
 
     fn execute_slowly(&self, call: &Call, ticket: u64) -> Answer {
-        let Some(disk) = self.disks.get(&call.disk) else { return Reject::NotMember.into() };
+        let Some(disk) = &self.disk(call.disk) else { return Reject::NotMember.into() };
         match &call.request {
             Request::Recover { key, expect, from, target } => {
                 let copy = Copy { key: *key, expect: *expect, from: *from, target: *target };

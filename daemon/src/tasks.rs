@@ -4,7 +4,7 @@ use crate::cluster::LEASE;
 use crate::control::{NodeReply, NodeRequest};
 use crate::liveness::{self, survey};
 use crate::node::{Node, StartError};
-use crate::{admin, recovery};
+use crate::{admin, membership, recovery};
 use sheepdog_log::ClusterLog;
 use sheepdog_types::{NodeId, VolumeId};
 use std::collections::BTreeSet;
@@ -34,6 +34,8 @@ pub fn spawn_all(node: &Arc<Node>, refusals: mpsc::Receiver<NodeId>) -> Result<(
     until_stop(node, follow_views);
     until_stop(node, resume_exports);
     until_stop(node, recovery::run);
+    until_stop(node, membership::lead);
+    until_stop(node, membership::tend);
     until_stop(node, |node| report_refusals(node, refusals));
     Ok(())
 }
@@ -57,10 +59,6 @@ async fn keep_lease(node: Arc<Node>) {
     node.enter().await;
     let mut status = node.log.watch();
     loop {
-        if node.has_lost_disk() {
-            tracing::error!("a disk is out of service; entering the cluster again without it");
-            node.enter().await;
-        }
         match node.renew_lease().await {
             Ok(NodeReply::EnterAgain) => {
                 tracing::warn!("the cluster went on without this node; entering again");

@@ -118,11 +118,25 @@ impl Cluster {
         };
         args.extend(self.net.is_some().then(|| "--insecure".to_owned()));
         let (dir, log) = (lab.path(&name), lab.log(&name));
+        let join = self.running().next().map(|member| self.address(member));
         self.nodes.push(Node { ip, port, dir, log, args, process: None });
-        let join = (index > 0).then(|| self.address(0));
         self.launch(index, join);
         self.wait_listening(index);
         index
+    }
+
+    /// Starts `count` more nodes at the same moment and waits for their ports.
+    pub fn add_nodes(&mut self, lab: &Lab, count: usize) {
+        let join = self.running().next().map(|member| self.address(member));
+        let first = self.nodes.len();
+        for index in first..first + count {
+            let name = format!("node{index}");
+            let [port] = free_ports();
+            let (dir, log) = (lab.path(&name), lab.log(&name));
+            self.nodes.push(Node { port, dir, log, args: Vec::new(), process: None });
+            self.launch(index, join.clone());
+        }
+        (first..first + count).for_each(|index| self.wait_listening(index));
     }
 
     fn launch(&mut self, index: usize, join: Option<String>) {
@@ -260,6 +274,19 @@ impl Cluster {
         process.wait(PATIENCE)
     }
 
+    /// Waits until a node ends by itself; returns how, and everything it logged.
+    pub fn wait_end(&mut self, index: usize) -> (ExitStatus, String) {
+        let process = self.nodes[index].process.take();
+        let mut process = process.unwrap_or_else(|| panic!("node {index} does not run"));
+        let status = process.wait(2 * PATIENCE);
+        (status, process.log_text())
+    }
+
+    /// Starts a node again on its directory, without waiting for anything.
+    pub fn relaunch(&mut self, index: usize) {
+        self.launch(index, None);
+    }
+
     /// Everything that a node's daemons have logged so far.
     pub fn log_text(&self, index: usize) -> String {
         let bytes = std::fs::read(&self.nodes[index].log).unwrap_or_default();
@@ -345,6 +372,23 @@ impl Cluster {
                 std::thread::sleep(Duration::from_millis(20));
             }
         }
+    }
+
+    /// What a node says of another one in `dog node list`; nothing if it is no member.
+    pub fn member(&self, asked: usize, index: usize) -> Option<Value> {
+        let nodes = self.dog(asked, &["node", "list"]);
+        let address = self.address(index);
+        let mut list = nodes.as_array().cloned().unwrap_or_default();
+        list.retain(|node| node["address"] == address);
+        list.pop()
+    }
+
+    /// Waits until all slots are complete, whatever else is the matter.
+    pub fn wait_complete(&self, asked: usize) {
+        eventually("all slots to be complete", 2 * PATIENCE, || {
+            let health = self.try_dog(asked, &["cluster", "health"]).ok()?;
+            (health["slots"]["complete"] == health["slots"]["total"]).then_some(())
+        });
     }
 
     /// The current epoch as a node sees it.

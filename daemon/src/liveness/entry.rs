@@ -2,6 +2,7 @@
 
 use crate::cluster::{LEASE, lock};
 use crate::control::{MAX_COMPLAINTS, NodeReply, NodeRequest};
+use crate::dir::Identity;
 use crate::liveness::unreachable_of;
 use crate::node::{Node, random_id};
 use sheepdog_cluster::command::{Command, encode_command};
@@ -112,8 +113,9 @@ impl Node {
             return Err("the entry is agreed, but this node does not hear of it".into());
         }
         let status = self.log.status();
-        if status.addresses.get(&id.0).is_some_and(|a| *a != self.identity.address) {
-            let update = self.log.update_address(id.0, self.identity.address.clone()).await;
+        let address = self.identity().address.clone();
+        if status.addresses.get(&id.0).is_some_and(|a| *a != address) {
+            let update = self.log.update_address(id.0, address).await;
             update.map_err(|e| e.to_string())?;
         }
         tracing::info!(epoch = %self.cluster.view().epoch, "entered the cluster");
@@ -143,7 +145,8 @@ impl Node {
 
     /// Begins the log of a new cluster; the entry is tried again afterwards.
     async fn found(&self) -> Result<&'static str, String> {
-        let cluster = self.identity.cluster.parse().map_err(|_| "the cluster id is damaged")?;
+        let cluster = self.identity().cluster.parse();
+        let cluster = cluster.map_err(|_| "the cluster id is damaged")?;
         let answer = self.log.propose(encode_command(&Command::Found { cluster })).await;
         answer.map_err(|e| e.to_string())?;
         Ok("the cluster is founded, entering it")
@@ -152,9 +155,10 @@ impl Node {
     /// Asks a member to take this node into the log.
     async fn join(&self) -> Result<(), String> {
         let mut problems = Vec::new();
-        for target in &self.identity.join {
-            let (node, address) = (self.cluster.node, self.identity.address.clone());
-            match self.client.ask(target, &NodeRequest::Join { node, address }).await {
+        let Identity { join, address, .. } = self.identity().clone();
+        for target in join {
+            let (node, address) = (self.cluster.node, address.clone());
+            match self.client.ask(&target, &NodeRequest::Join { node, address }).await {
                 Ok(NodeReply::Done) => {
                     let id = node.0;
                     let mut status = self.log.watch();
@@ -163,9 +167,8 @@ impl Node {
                     if !matches!(joined, Ok(Ok(_))) {
                         return Err("joined, but the log's leader does not reach this node".into());
                     }
-                    let mut identity = self.identity.clone();
-                    identity.join.clear();
-                    return self.dir.save_identity(&identity).map_err(|e| e.to_string());
+                    let joined = self.change_identity(|identity| identity.join.clear());
+                    return joined.map_err(|e| e.to_string());
                 }
                 Ok(_) => problems.push(format!("{target}: an answer that makes no sense")),
                 Err(error) => problems.push(format!("{target}: {error}")),

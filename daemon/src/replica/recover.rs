@@ -286,7 +286,7 @@ impl Replica {
             }
             let node = view.node_of(from).ok_or(Failure::Source)?;
             let answer = if node == self.cluster.node {
-                give::layer(self.disks.get(&from).ok_or(Failure::Source)?, request)
+                give::layer(&*self.disk(from).ok_or(Failure::Source)?, request)
             } else {
                 let peers = lock(&self.peers).upgrade().ok_or(Failure::Source)?;
                 peers.ask(&view, from, request.clone()).map_err(|_| Failure::Source)?

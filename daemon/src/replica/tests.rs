@@ -87,12 +87,8 @@ impl Bench {
         self.replica.as_ref().unwrap()
     }
 
-    fn disk(&self, id: DiskId) -> &Arc<Disk> {
+    fn disk(&self, id: DiskId) -> Arc<Disk> {
         self.replica().disk(id).unwrap()
-    }
-
-    fn store(&self, id: DiskId) -> &Store {
-        &self.disk(id).store
     }
 
     fn epoch(&self) -> Epoch {
@@ -119,13 +115,13 @@ impl Bench {
                 image.sums.crcs.push(crc32c::crc32c(&bytes_of(tag)));
             }
         }
-        let have = self.store(disk).stat(key).map(|stat| stat.version);
-        assert!(self.store(disk).install(key, have, &image).unwrap());
+        let have = self.disk(disk).store.stat(key).map(|stat| stat.version);
+        assert!(self.disk(disk).store.install(key, have, &image).unwrap());
     }
 
     fn recover(&self, key: LayerKey, expect: u64, target: u64) -> Result<Moved, Failure> {
         let copy = Copy { key, expect: version(expect), from: THERE, target: version(target) };
-        self.replica().recover(self.disk(HERE), copy, self.epoch(), None)
+        self.replica().recover(&self.disk(HERE), copy, self.epoch(), None)
     }
 
     /// As a gateway's call, perhaps of one that is given up again.
@@ -141,15 +137,15 @@ impl Bench {
         }
         let (expect, target) = (version(expect), version(target));
         let copy = Copy { key: key(0), expect, from: THERE, target };
-        replica.recover(self.disk(HERE), copy, self.epoch(), Some(ticket))
+        replica.recover(&self.disk(HERE), copy, self.epoch(), Some(ticket))
     }
 
     #[track_caller]
     fn assert_equal(&self, key: LayerKey) {
-        let [here, there] = [HERE, THERE].map(|disk| self.store(disk).image(key).unwrap());
+        let [here, there] = [HERE, THERE].map(|disk| self.disk(disk).store.image(key).unwrap());
         assert!(here == there, "the two are equal");
         let slot = key.object.slot();
-        assert_eq!(self.store(HERE).digest(slot), self.store(THERE).digest(slot));
+        assert_eq!(self.disk(HERE).store.digest(slot), self.disk(THERE).store.digest(slot));
     }
 
     /// Flips a bit of the block with a tag where the store has put it; the disks are closed.
@@ -188,9 +184,9 @@ fn recovery_moves_just_the_blocks_that_differ() {
     assert!(moved.bytes < blocks * 6 / 5, "{moved:?}");
     bench.assert_equal(key(0));
     // Back to the older one, as when a write is undone; now nothing differs but states.
-    let same = bench.store(THERE).image(key(0)).unwrap().unwrap();
+    let same = bench.disk(THERE).store.image(key(0)).unwrap().unwrap();
     let back = LayerImage { sums: LayerSums { version: version(4), ..same.sums }, data: same.data };
-    assert!(bench.store(THERE).install(key(0), Some(version(9)), &back).unwrap());
+    assert!(bench.disk(THERE).store.install(key(0), Some(version(9)), &back).unwrap());
     let moved = bench.recover_exactly((9, 4), false).unwrap();
     assert_eq!((moved.layers, moved.blocks), (1, 0));
     bench.assert_equal(key(0));
@@ -218,7 +214,7 @@ fn i9_a_layer_that_is_not_there_any_more_goes() {
     assert_eq!(bench.recover(key(0), 3, 4), Err(Failure::Source), "it should be there");
     let moved = bench.recover(key(0), 3, 0).unwrap();
     assert_eq!((moved.layers, moved.blocks), (1, 0));
-    assert_eq!(bench.store(HERE).stat(key(0)), None);
+    assert_eq!(bench.disk(HERE).store.stat(key(0)), None);
 }
 
 #[test]
@@ -231,15 +227,15 @@ fn i8_nothing_is_put_in_place_without_lease_in_another_epoch_or_for_a_call_given
     assert_eq!(bench.recover_exactly((3, 2), false), Err(Failure::Behind { have: version(1) }));
     let copy = Copy { key: key(0), expect: version(1), from: THERE, target: version(2) };
     for epoch in [bench.epoch().0 - 1, bench.epoch().0 + 1] {
-        let refused = bench.replica().recover(bench.disk(HERE), copy, Epoch(epoch), None);
+        let refused = bench.replica().recover(&bench.disk(HERE), copy, Epoch(epoch), None);
         assert_eq!(refused, Err(Failure::Source));
     }
     let from_itself = Copy { from: HERE, ..copy };
-    let refused = bench.replica().recover(bench.disk(HERE), from_itself, bench.epoch(), None);
+    let refused = bench.replica().recover(&bench.disk(HERE), from_itself, bench.epoch(), None);
     assert_eq!(refused, Err(Failure::Source));
     bench.cluster.lease.drop_now();
     assert_eq!(bench.recover(key(0), 1, 2), Err(Failure::Source));
-    assert_eq!(bench.store(HERE).stat(key(0)).unwrap().version, version(1));
+    assert_eq!(bench.disk(HERE).store.stat(key(0)).unwrap().version, version(1));
     bench.cluster.lease.renew(boot_time() + 3_600_000_000_000);
     assert_eq!(bench.recover_exactly((1, 2), false).map(|moved| moved.layers), Ok(1));
     assert_eq!(bench.recover_exactly((1, 2), false), Ok(Moved::default()), "a repeated call");
@@ -260,14 +256,14 @@ fn i7_damaged_blocks_are_repaired_from_another_disk_and_nothing_else_is_moved() 
         bench.flip(THERE, tag(31));
     });
     let repair = |here, from, seq| {
-        bench.replica().repair(bench.disk(here), key(0), from, version(seq), bench.epoch())
+        bench.replica().repair(&bench.disk(here), key(0), from, version(seq), bench.epoch())
     };
     let behind = Err(Failure::Behind { have: version(2) });
     assert_eq!(repair(HERE, THERE, 1), behind, "another version");
     let moved = repair(HERE, THERE, 2).unwrap();
     assert_eq!((moved.layers, moved.blocks), (1, 2));
     assert!(moved.bytes < 16 << 10, "{moved:?}");
-    let damage = bench.store(HERE).damage();
+    let damage = bench.disk(HERE).store.damage();
     assert_eq!((damage.found, damage.blocks.len()), (2, 0));
     assert_eq!(repair(THERE, HERE, 2).map(|moved| moved.blocks), Ok(1));
     bench.assert_equal(key(0));
@@ -283,9 +279,10 @@ fn i7_what_is_damaged_at_the_source_too_is_left_as_it_is() {
         bench.flip(HERE, 1 << 16 | 31);
         bench.flip(THERE, 1 << 16 | 31);
     });
-    let repair = bench.replica().repair(bench.disk(HERE), key(0), THERE, version(2), bench.epoch());
+    let repair =
+        bench.replica().repair(&bench.disk(HERE), key(0), THERE, version(2), bench.epoch());
     assert_eq!(repair, Err(Failure::Source));
-    assert_eq!(bench.store(HERE).damage().blocks.len(), 1);
+    assert_eq!(bench.disk(HERE).store.damage().blocks.len(), 1);
 }
 
 #[test]
@@ -299,7 +296,7 @@ fn i7_damage_here_is_not_taken_for_equal() {
         full(1).map(|(block, tag)| (block, tag + (u64::from(block == 9) << 40))),
     );
     bench.restart(|bench| bench.flip(HERE, 1 << 16 | 31));
-    assert!(bench.store(HERE).image(key(0)).is_err(), "somebody reads it");
+    assert!(bench.disk(HERE).store.image(key(0)).is_err(), "somebody reads it");
     let moved = bench.recover(key(0), 1, 2).unwrap();
     assert_eq!((moved.layers, moved.blocks), (1, 2));
     bench.assert_equal(key(0));
@@ -319,7 +316,11 @@ fn i5_copies_of_a_layer_that_goes_on_are_of_one_version() {
         let (block, tag) = nth_write(seq);
         let (bytes, crcs) = (bytes_of(tag), [crc32c::crc32c(&bytes_of(tag))]);
         let payload = Payload::Data { bytes: &bytes, crcs: &crcs };
-        bench.store(THERE).write(key(0), version(seq - 1), version(seq), block, payload).unwrap();
+        bench
+            .disk(THERE)
+            .store
+            .write(key(0), version(seq - 1), version(seq), block, payload)
+            .unwrap();
     };
     write(1);
     let (mut copies, mut blocks) = (0, 0);
@@ -330,11 +331,11 @@ fn i5_copies_of_a_layer_that_goes_on_are_of_one_version() {
         });
         loop {
             let last = done.load(SeqCst);
-            let have = bench.store(HERE).stat(key(0)).map_or(0, |stat| stat.version.seq);
+            let have = bench.disk(HERE).store.stat(key(0)).map_or(0, |stat| stat.version.seq);
             if let Ok(moved) = bench.recover(key(0), have, have.max(1)) {
                 (copies, blocks) = (copies + 1, blocks + moved.blocks);
             }
-            let image = bench.store(HERE).image(key(0)).unwrap().unwrap();
+            let image = bench.disk(HERE).store.image(key(0)).unwrap().unwrap();
             let mut right = std::collections::BTreeMap::new();
             right.extend((1..=image.sums.version.seq).map(nth_write));
             let data: Vec<u8> = right.into_values().flat_map(bytes_of).collect();

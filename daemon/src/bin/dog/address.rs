@@ -35,10 +35,26 @@ pub fn parse_vhost_user(text: &str) -> Result<String, String> {
     absolute_path(text)
 }
 
+/// The path of a directory, made absolute like that of [`parse_nbd`].
+///
+/// # Errors
+/// It is no path; the text says what would be right.
+pub fn parse_directory(text: &str) -> Result<String, String> {
+    let trimmed = text.trim_end_matches('/');
+    if trimmed.is_empty() {
+        return Err("it does not name a directory; write a path like /mnt/nvme1".into());
+    }
+    made_absolute(trimmed)
+}
+
 fn absolute_path(text: &str) -> Result<String, String> {
     if text.is_empty() || text.ends_with('/') {
         return Err("it does not name a socket; write a path like /run/sheepdog/vm1.sock".into());
     }
+    made_absolute(text)
+}
+
+fn made_absolute(text: &str) -> Result<String, String> {
     absolute(Path::new(text))
         .map_err(|error| format!("cannot find the current directory: {error}"))?
         .into_os_string()
@@ -89,6 +105,16 @@ mod tests {
         assert_eq!(parse_vhost_user("run/vm1.sock"), Ok(format!("{here}/run/vm1.sock")));
         // `..` stays: what it means after a symbolic link only the file system knows.
         assert_eq!(parse_nbd("../x"), Ok(format!("{here}/../x")));
+    }
+
+    #[test]
+    fn directories_become_absolute() {
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(parse_directory("/mnt/a/"), Ok("/mnt/a".into()));
+        assert_eq!(parse_directory("a"), Ok(here.join("a").display().to_string()));
+        for text in ["", "/", "//"] {
+            assert!(parse_directory(text).unwrap_err().contains("directory"), "{text}");
+        }
     }
 
     #[test]

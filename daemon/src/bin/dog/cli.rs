@@ -1,6 +1,6 @@
 //! The command line, and the request that each command is.
 
-use crate::address::{parse_nbd, parse_node, parse_vhost_user};
+use crate::address::{parse_directory, parse_nbd, parse_node, parse_vhost_user};
 use clap::{Args, Parser, Subcommand, value_parser};
 use sheepdog::api::{Ack, Protocol, Request};
 use sheepdog::scrub::MIN_RATE;
@@ -53,7 +53,7 @@ pub enum Command {
         after_help = "Example:\n  dog cluster health"
     )]
     Cluster(ClusterCommand),
-    /// See the nodes and their disks, and scrub these.
+    /// See and change the nodes and their disks.
     #[command(subcommand, disable_help_subcommand = true, after_help = "Example:\n  dog node list")]
     Node(NodeCommand),
     /// Create, see and delete volumes.
@@ -73,6 +73,35 @@ pub enum Command {
     Export(ExportCommand),
 }
 
+/// What `dog` does for a command.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// One request.
+    Ask(Request),
+    /// One request, then waits until it has come true.
+    Wait(Request, Goal),
+    /// Shows the health until all is well.
+    Watch,
+    /// Shows what giving up disks would lose, and gives them up if told to.
+    Recover {
+        /// Nodes and disks; all that are waited for when empty.
+        targets: Vec<String>,
+        /// Does it.
+        force: bool,
+        /// Without a typed confirmation.
+        yes: bool,
+    },
+}
+
+/// What is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Goal {
+    /// The node of the answer holds nothing any more.
+    Drained,
+    /// The disk of the answer has left the node.
+    DiskGone,
+}
+
 /// `dog cluster …`
 #[derive(Debug, Subcommand)]
 pub enum ClusterCommand {
@@ -83,10 +112,42 @@ pub enum ClusterCommand {
     #[command(
         after_help = "Exits with 0 whenever the question was answered, whatever the answer; \
                       scripts read \"status\" of --json.\n\n\
-                      Example:\n  dog cluster health\n  \
+                      Example:\n  dog cluster health\n  dog cluster health --watch\n  \
                       dog --json cluster health | jq -e '.status == \"ok\"'"
     )]
-    Health,
+    Health {
+        /// Go on until the status is ok and no disk recovers, with the progress of the recovery.
+        #[arg(long)]
+        watch: bool,
+    },
+    /// Show the settings of the cluster, or change one.
+    #[command(after_help = "Settings are agreed by the whole cluster and take effect at once.\n\n\
+                      Example:\n  dog cluster set\n  dog cluster set down-out-interval 30m\n  \
+                      dog cluster set recovery.max-bandwidth 50MiB")]
+    Set {
+        /// Show only this setting.
+        name: Option<String>,
+        /// Change it to this value.
+        value: Option<String>,
+    },
+    /// Give up nodes and disks that are lost for good, so that nothing waits for them any more.
+    #[command(
+        after_help = "Without --force it changes nothing and shows what waits for whom, and \
+                      what would be lost. It exits with 1 if something would be. A disk that was \
+                      given up and comes back after all is treated as an empty one.\n\n\
+                      Example:\n  dog cluster recover\n  dog cluster recover 10.0.0.7:7000 --force"
+    )]
+    Recover {
+        /// Addresses or ids of nodes, ids of disks; when absent, all that something waits for.
+        #[arg(value_name = "NODE|DISK")]
+        targets: Vec<String>,
+        /// Do it, after the same text and a typed confirmation.
+        #[arg(long)]
+        force: bool,
+        /// With --force: without the confirmation.
+        #[arg(long, requires = "force")]
+        yes: bool,
+    },
 }
 
 /// `dog node …`
@@ -95,6 +156,89 @@ pub enum NodeCommand {
     /// List the nodes, a line for each of their disks.
     #[command(after_help = "Example:\n  dog node list")]
     List,
+    /// Move all data away from a node that stays up, as before it is removed.
+    #[command(
+        after_help = "NODE is an address or id as in `dog node list`. Its copies stay and count \
+                      until the others have them. Exports are not moved.\n\n\
+                      Example:\n  dog node drain 10.0.0.7:7000 --wait\n  dog node remove 10.0.0.7:7000"
+    )]
+    Drain {
+        /// Address or id of the node.
+        #[arg(value_name = "NODE")]
+        which: String,
+        /// Even if too few nodes stay for the copies that volumes want.
+        #[arg(long)]
+        force: bool,
+        /// Wait until it holds nothing, with the progress on standard error.
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Let a drained node take data again.
+    #[command(after_help = "Example:\n  dog node undrain 10.0.0.7:7000")]
+    Undrain {
+        /// Address or id of the node.
+        #[arg(value_name = "NODE")]
+        which: String,
+    },
+    /// End the membership of a node for good. There is no way back.
+    #[command(
+        after_help = "An up node has to be drained and serve nothing, or --force. A removed node \
+                      stops, and never comes back; its host joins with empty directories as a new \
+                      one.\n\n\
+                      Example:\n  dog node remove 10.0.0.7:7000"
+    )]
+    Remove {
+        /// Address or id of the node.
+        #[arg(value_name = "NODE")]
+        which: String,
+        /// Even if it has data, serves volumes, or has the newest data of something.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Change the share of the data that a disk gets.
+    #[command(
+        after_help = "The share is relative to that of other disks; by default it is the capacity \
+                      in GiB. 0 moves everything away.\n\n\
+                      Example:\n  dog node set-weight 10.0.0.7:7000 500\n  \
+                      dog node set-weight 11aa22bb33cc44dd 2000"
+    )]
+    SetWeight {
+        /// Id of the disk, or address or id of a node with one disk.
+        #[arg(value_name = "DISK|NODE")]
+        which: String,
+        /// The share.
+        weight: u64,
+        /// Even if too few nodes stay for the copies that volumes want.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Move a node to another failure zone.
+    #[command(
+        after_help = "Replicas go to different zones while there are enough. The new zone stays \
+                      until sheep is started with another --zone than before.\n\n\
+                      Example:\n  dog node set-zone 10.0.0.7:7000 rack2"
+    )]
+    SetZone {
+        /// Address or id of the node.
+        #[arg(value_name = "NODE")]
+        which: String,
+        /// The zone.
+        zone: String,
+    },
+    /// Add, remove and list disks of the node that is asked, while it runs.
+    #[command(
+        subcommand,
+        disable_help_subcommand = true,
+        after_help = "Example:\n  dog --node 10.0.0.5:7000 node disk list"
+    )]
+    Disk(DiskCommand),
+    /// Show how far the background recovery is, or pause it.
+    #[command(args_conflicts_with_subcommands = true, after_help = "Example:\n  dog node recovery")]
+    Recovery {
+        /// Pause or resume it.
+        #[command(subcommand)]
+        command: Option<RecoveryCommand>,
+    },
     /// Read all data on the disks of the node that is asked, in search of damage.
     #[command(
         subcommand,
@@ -102,6 +246,59 @@ pub enum NodeCommand {
         after_help = "Example:\n  dog node scrub start\n  dog --node 10.0.0.5:7000 node scrub status"
     )]
     Scrub(ScrubCommand),
+}
+
+/// `dog node disk …`
+#[derive(Debug, Subcommand)]
+pub enum DiskCommand {
+    /// Take a disk into service: makes a store in an empty directory.
+    #[command(
+        after_help = "The directory is on the host of the node that dog talks to (--node). A path \
+                      where a disk of the node has failed is taken when it is empty; the failed one \
+                      then leaves the cluster.\n\n\
+                      Example:\n  dog node disk add /mnt/nvme1\n  dog node disk add /mnt/nvme1 --weight 500"
+    )]
+    Add {
+        /// Directory on the disk's file system; made if it does not exist.
+        #[arg(value_parser = parse_directory)]
+        path: String,
+        /// Its share of the data relative to other disks; its capacity in GiB when absent.
+        #[arg(long, value_name = "W")]
+        weight: Option<u64>,
+    },
+    /// Move the data of a disk to others, then close it.
+    #[command(
+        after_help = "Its copies stay and count until the others have them. Then the node closes \
+                      the store and puts its files into the directory removed-DISK beside it, where \
+                      they can be deleted. There is no way back.\n\n\
+                      Example:\n  dog node disk remove /mnt/nvme1 --wait"
+    )]
+    Remove {
+        /// Its id or path as in `dog node disk list`.
+        #[arg(value_name = "DISK|PATH")]
+        disk: String,
+        /// Even if too few nodes stay for the copies that volumes want.
+        #[arg(long)]
+        force: bool,
+        /// Wait until it is closed, with the progress on standard error.
+        #[arg(long)]
+        wait: bool,
+    },
+    /// List the disks of the node that is asked.
+    #[command(after_help = "Example:\n  dog node disk list")]
+    List,
+}
+
+/// `dog node recovery …`
+#[derive(Clone, Copy, Debug, Subcommand)]
+pub enum RecoveryCommand {
+    /// Have the background recovery of the whole cluster stand still.
+    #[command(after_help = "What a VM needs is recovered nevertheless, when it needs it.\n\n\
+                      Example:\n  dog node recovery pause")]
+    Pause,
+    /// Have it go on.
+    #[command(after_help = "Example:\n  dog node recovery resume")]
+    Resume,
 }
 
 /// `dog node scrub …`
@@ -223,17 +420,74 @@ pub struct RemoveWhich {
 }
 
 impl Command {
-    /// What to ask the node.
-    pub fn request(&self) -> Request {
+    /// What to do.
+    pub fn action(&self) -> Action {
         match self {
-            Self::Cluster(ClusterCommand::Info) => Request::ClusterInfo,
-            Self::Cluster(ClusterCommand::Health) => Request::ClusterHealth,
-            Self::Node(NodeCommand::List) => Request::NodeList,
-            Self::Node(NodeCommand::Scrub(command)) => command.request(),
-            Self::Volume(command) => command.request(),
-            Self::Export(command) => command.request(),
+            Self::Cluster(command) => command.action(),
+            Self::Node(command) => command.action(),
+            Self::Volume(command) => Action::Ask(command.request()),
+            Self::Export(command) => Action::Ask(command.request()),
         }
     }
+}
+
+impl ClusterCommand {
+    fn action(&self) -> Action {
+        Action::Ask(match self {
+            Self::Info => Request::ClusterInfo,
+            Self::Health { watch: true } => return Action::Watch,
+            Self::Health { watch: false } => Request::ClusterHealth,
+            Self::Set { name: Some(name), value: Some(value) } => {
+                Request::ClusterSet { name: name.clone(), value: value.clone() }
+            }
+            Self::Set { name, .. } => Request::ClusterSettings { name: name.clone() },
+            Self::Recover { targets, force, yes } => {
+                return Action::Recover { targets: targets.clone(), force: *force, yes: *yes };
+            }
+        })
+    }
+}
+
+impl NodeCommand {
+    fn action(&self) -> Action {
+        let owned = String::clone;
+        Action::Ask(match self {
+            Self::List => Request::NodeList,
+            Self::Drain { which, force, wait } => {
+                let request = Request::NodeDrain { node: owned(which), force: *force };
+                return waiting(request, *wait, Goal::Drained);
+            }
+            Self::Undrain { which } => Request::NodeUndrain { node: owned(which) },
+            Self::Remove { which, force } => {
+                Request::NodeRemove { node: owned(which), force: *force }
+            }
+            Self::SetWeight { which, weight, force } => {
+                let (target, weight, force) = (owned(which), *weight, *force);
+                Request::NodeSetWeight { target, weight, force }
+            }
+            Self::SetZone { which, zone } => {
+                Request::NodeSetZone { node: owned(which), zone: owned(zone) }
+            }
+            Self::Disk(DiskCommand::Add { path, weight }) => {
+                Request::NodeDiskAdd { path: owned(path), weight: *weight }
+            }
+            Self::Disk(DiskCommand::Remove { disk, force, wait }) => {
+                let request = Request::NodeDiskRemove { disk: owned(disk), force: *force };
+                return waiting(request, *wait, Goal::DiskGone);
+            }
+            Self::Disk(DiskCommand::List) => Request::NodeDiskList,
+            Self::Recovery { command: None } => Request::NodeRecovery,
+            Self::Recovery { command: Some(command) } => {
+                let paused = matches!(command, RecoveryCommand::Pause);
+                Request::ClusterSet { name: "recovery.paused".into(), value: paused.to_string() }
+            }
+            Self::Scrub(command) => command.request(),
+        })
+    }
+}
+
+fn waiting(request: Request, wait: bool, goal: Goal) -> Action {
+    if wait { Action::Wait(request, goal) } else { Action::Ask(request) }
 }
 
 fn parse_ack(text: &str) -> Result<Ack, String> {
@@ -325,7 +579,10 @@ mod tests {
     }
 
     fn request(line: &str) -> Request {
-        parse(line).unwrap_or_else(|error| panic!("{line}: {error}")).command.request()
+        match parse(line).unwrap_or_else(|error| panic!("{line}: {error}")).command.action() {
+            Action::Ask(request) => request,
+            other => panic!("{line}: {other:?}"),
+        }
     }
 
     #[test]

@@ -11,12 +11,25 @@ pub fn changes(request: &Request) -> bool {
     match request {
         Request::ClusterInfo
         | Request::ClusterHealth
+        | Request::ClusterSettings { .. }
+        | Request::ClusterRecoverPlan { .. }
         | Request::NodeList
+        | Request::NodeDiskList
+        | Request::NodeRecovery
         | Request::NodeScrubStatus
         | Request::VolumeList
         | Request::VolumeInfo { .. }
         | Request::ExportList => false,
-        Request::NodeScrubStart { .. }
+        Request::ClusterSet { .. }
+        | Request::ClusterRecover { .. }
+        | Request::NodeDrain { .. }
+        | Request::NodeUndrain { .. }
+        | Request::NodeRemove { .. }
+        | Request::NodeSetZone { .. }
+        | Request::NodeSetWeight { .. }
+        | Request::NodeDiskAdd { .. }
+        | Request::NodeDiskRemove { .. }
+        | Request::NodeScrubStart { .. }
         | Request::NodeScrubPause
         | Request::VolumeCreate { .. }
         | Request::VolumeDelete { .. }
@@ -32,7 +45,7 @@ pub enum Failure {
     Connect { node: SocketAddr, error: HelloError },
     /// The connection failed after the request was sent, at least in part.
     Lost { node: SocketAddr, changes: bool, error: io::Error },
-    /// The node's own words.
+    /// The node's own words, or why `dog` did not go on.
     Refused(String),
     /// The request was carried out, and its answer has another shape than this release knows.
     Meaningless { node: SocketAddr, changes: bool, error: serde_json::Error },
@@ -47,8 +60,8 @@ impl fmt::Display for Failure {
             Self::Lost { node, changes, error } => {
                 write!(f, "lost the node at {node} before its answer came: {}; ", reason(error))?;
                 f.write_str(if *changes {
-                    "the request may have been carried out, look with `dog volume list` or \
-                     `dog export list` before you repeat it"
+                    "the request may have been carried out, look with `dog volume list`, \
+                     `dog export list` or `dog node list` before you repeat it"
                 } else {
                     "it was a question, nothing was changed; ask again, or another node with \
                      --node IP:PORT or SHEEPDOG_NODE"

@@ -1,4 +1,4 @@
-//! `dog` administers a Sheepdog cluster: it sends one request to one node, which speaks for the
+//! `dog` administers a Sheepdog cluster: it sends requests to one node, which speaks for the
 //! whole cluster, and prints the answer. `docs/dog.md` is its reference.
 
 #![forbid(unsafe_code)]
@@ -7,16 +7,20 @@ mod address;
 mod cli;
 mod failure;
 mod hint;
+mod recover;
 mod render;
 mod table;
 mod time;
+mod watch;
 
 use clap::Parser;
-use cli::Cli;
+use cli::{Action, Cli};
 use failure::Failure;
-use sheepdog::api::Response;
+use serde_json::Value;
+use sheepdog::api::{Request, Response};
 use sheepdog::wire::AdminClient;
 use std::io::Write;
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -39,28 +43,37 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<(), Failure> {
-    let node = cli.node;
-    let request = cli.command.request();
-    let changes = failure::changes(&request);
+    match cli.command.action() {
+        Action::Ask(request) => {
+            let answer = ask(cli.node, &request)?;
+            show(cli, &request, answer)
+        }
+        Action::Wait(request, goal) => watch::wait(cli, &request, goal),
+        Action::Watch => watch::health(cli),
+        Action::Recover { targets, force, yes } => recover::recover(cli, targets, force, yes),
+    }
+}
+
+/// One request on a connection of its own.
+fn ask(node: SocketAddr, request: &Request) -> Result<Value, Failure> {
+    let changes = failure::changes(request);
     let mut client = AdminClient::connect(node, CONNECT_TIMEOUT)
         .map_err(|error| Failure::Connect { node, error })?;
-    let response = client.ask(&request, ANSWER_TIMEOUT).map_err(|error| Failure::Lost {
-        node,
-        changes,
-        error,
-    })?;
-    match response {
+    let response = client.ask(request, ANSWER_TIMEOUT);
+    match response.map_err(|error| Failure::Lost { node, changes, error })? {
         Response::Error(text) => Err(Failure::Refused(render::printable(&text))),
-        Response::Ok(value) if cli.json => print(&render::json(&value), changes),
-        Response::Ok(value) => {
-            let text = render::human(&request, value).map_err(|error| Failure::Meaningless {
-                node,
-                changes,
-                error,
-            })?;
-            print(&text, changes)
-        }
+        Response::Ok(value) => Ok(value),
     }
+}
+
+/// Prints an answer as it was asked for.
+fn show(cli: &Cli, request: &Request, answer: Value) -> Result<(), Failure> {
+    let changes = failure::changes(request);
+    if cli.json {
+        return print(&render::json(&answer), changes);
+    }
+    let meaningless = |error| Failure::Meaningless { node: cli.node, changes, error };
+    print(&render::human(request, answer).map_err(meaningless)?, changes)
 }
 
 /// Writes the answer. A reader that has left (`dog volume list | head -1`) has read enough.

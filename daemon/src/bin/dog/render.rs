@@ -6,11 +6,13 @@ use crate::time::format_time;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, from_value};
 use sheepdog::api::{
-    Ack, ClusterInfo, DiskInfo, ExportInfo, Health, NodeInfo, Protocol, Request, SlotCounts,
-    Status, VolumeInfo,
+    Ack, ClusterInfo, DiskInfo, DiskState, ExportInfo, Health, NodeInfo, NodeState, Protocol,
+    Request, SlotCounts, Status, VolumeInfo,
 };
 use sheepdog_types::format_size;
 use std::fmt::Display;
+
+pub use admin::{given_up, progress};
 
 /// What [`ExportInfo::state`] says when all is well.
 const SERVING: &str = "serving";
@@ -29,7 +31,21 @@ pub fn human(request: &Request, mut value: Value) -> serde_json::Result<String> 
     match request {
         Request::ClusterInfo => show(value, cluster_info),
         Request::ClusterHealth => show(value, health),
+        Request::ClusterSettings { .. } | Request::ClusterSet { .. } => {
+            show_list(value, admin::settings)
+        }
+        Request::ClusterRecoverPlan { .. } => show(value, admin::recover_plan),
+        Request::ClusterRecover { .. } => Ok(given_up()),
         Request::NodeList => show_list(value, node_list),
+        Request::NodeDrain { .. } => show(value, admin::drained),
+        Request::NodeUndrain { .. } => show(value, admin::undrained),
+        Request::NodeRemove { node, .. } => Ok(admin::removed(&printable(node))),
+        Request::NodeSetZone { .. } => show(value, admin::zone_set),
+        Request::NodeSetWeight { .. } => show(value, |node: &NodeInfo| admin::weight_set(node)),
+        Request::NodeDiskAdd { .. } => show_list(value, admin::disk_added),
+        Request::NodeDiskRemove { .. } => show_list(value, admin::disk_removed),
+        Request::NodeDiskList => show_list(value, admin::disk_list),
+        Request::NodeRecovery => show(value, admin::recovery),
         Request::NodeScrubStart { .. } | Request::NodeScrubStatus | Request::NodeScrubPause => {
             show_list(value, scrub::list)
         }
@@ -110,6 +126,10 @@ fn cluster_info(info: &ClusterInfo) -> String {
         ("Nodes", format!("{}, {} up", info.nodes, info.nodes_up)),
         ("Volumes", info.volumes.to_string()),
     ]);
+    for (at, (name, value)) in info.settings.iter().enumerate() {
+        text.push_str(if at == 0 { "\nSettings\n" } else { "" });
+        text.push_str(&format!("  {name} = {value}\n"));
+    }
     if !info.epochs.is_empty() {
         let mut table = Table::new([
             ("EPOCH", Align::Right),
@@ -123,6 +143,18 @@ fn cluster_info(info: &ClusterInfo) -> String {
         text.push_str(&table.render());
     }
     text
+}
+
+/// The health in a line.
+pub fn health_line(health: &Health) -> String {
+    let SlotCounts { complete, degraded, waiting, .. } = health.slots;
+    let status = match health.status {
+        Status::Ok => "ok",
+        Status::Degraded => "degraded",
+        Status::Unavailable => "unavailable",
+    };
+    let slots = format!("{complete} slots complete, {degraded} degraded, {waiting} waiting");
+    format!("{status}: epoch {}, {slots}", health.epoch)
 }
 
 fn health(health: &Health) -> String {
@@ -154,6 +186,7 @@ fn node_list(nodes: &[NodeInfo]) -> String {
         ("ZONE", Align::Left),
         ("STATE", Align::Left),
         ("DISK", Align::Left),
+        ("WEIGHT", Align::Right),
         ("USED", Align::Right),
         ("CAPACITY", Align::Right),
         ("DATA", Align::Left),
@@ -162,26 +195,51 @@ fn node_list(nodes: &[NodeInfo]) -> String {
     for node in nodes {
         // A node without disks has a line too.
         let disks = if node.disks.is_empty() {
-            vec![["-"; 5].map(String::from)]
+            vec![["-"; 6].map(String::from)]
         } else {
             node.disks.iter().map(disk_cells).collect()
         };
-        for [id, used, capacity, data, path] in disks {
-            let NodeInfo { id: node, address, zone, state, disks: _ } = node.clone();
-            table.row([node, address, zone, state, id, used, capacity, data, path]);
+        for [id, weight, used, capacity, data, path] in disks {
+            let NodeInfo { id: name, address, zone, .. } = node.clone();
+            let state = node_state(node).into();
+            table.row([name, address, zone, state, id, weight, used, capacity, data, path]);
         }
     }
     table.render()
 }
 
-fn disk_cells(disk: &DiskInfo) -> [String; 5] {
+fn node_state(node: &NodeInfo) -> &'static str {
+    match node.state {
+        NodeState::Up => "up",
+        NodeState::Down => "down",
+        NodeState::Out => "out",
+        NodeState::Draining if node.drained => "drained",
+        NodeState::Draining => "draining",
+        NodeState::Removed => "removed",
+    }
+}
+
+fn disk_cells(disk: &DiskInfo) -> [String; 6] {
     [
         disk.id.clone(),
+        disk.weight.to_string(),
         size_or_dash(disk.used),
         size_or_dash(disk.capacity),
-        if disk.complete { "complete" } else { "synchronising" }.into(),
+        disk_data(disk).into(),
         or_dash(disk.path.as_ref()),
     ]
+}
+
+/// How a disk is, in a word.
+fn disk_data(disk: &DiskInfo) -> &'static str {
+    match disk.state {
+        DiskState::Up if disk.complete => "complete",
+        DiskState::Up => "synchronising",
+        DiskState::Down => "down",
+        DiskState::Failed => "failed",
+        DiskState::Out => "out",
+        DiskState::Leaving => "leaving",
+    }
 }
 
 fn volume_created(volume: &VolumeInfo) -> String {
@@ -304,6 +362,7 @@ fn export_removed(exports: &[ExportInfo]) -> String {
     exports.iter().map(line).collect()
 }
 
+mod admin;
 mod scrub;
 #[cfg(test)]
 mod tests;

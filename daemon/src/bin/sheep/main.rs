@@ -176,10 +176,12 @@ async fn run(arguments: Arguments) -> Result<(), StartError> {
         _ = terminate.recv() => return Ok(()),
         _ = interrupt.recv() => return Ok(()),
     };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
+    let mut expelled = node.expelled.subscribe();
+    let reason = tokio::select! {
+        _ = terminate.recv() => None,
+        _ = interrupt.recv() => None,
+        reason = expelled.wait_for(Option::is_some) => reason.map_or(None, |r| r.clone()),
+    };
     node.stop().await;
-    Ok(())
+    reason.map_or(Ok(()), |reason| Err(reason.into()))
 }
