@@ -109,6 +109,22 @@ impl Cluster {
 
     /// As [`Cluster::add_node`], with further arguments for its daemon at each start.
     pub fn add_node_with(&mut self, lab: &Lab, args: &[&str]) -> usize {
+        let join = self.running().next().map(|member| self.address(member));
+        let index = self.new_node(lab, args);
+        self.launch(index, join);
+        self.wait_listening(index);
+        index
+    }
+
+    /// Starts `count` more nodes at the same moment and waits for their ports.
+    pub fn add_nodes(&mut self, lab: &Lab, count: usize) {
+        let join = self.running().next().map(|member| self.address(member));
+        let new: Vec<_> = (0..count).map(|_| self.new_node(lab, &[])).collect();
+        new.iter().for_each(|index| self.launch(*index, join.clone()));
+        new.iter().for_each(|index| self.wait_listening(*index));
+    }
+
+    fn new_node(&mut self, lab: &Lab, args: &[&str]) -> usize {
         let index = self.nodes.len();
         let name = format!("node{index}");
         let mut args: Vec<_> = args.iter().map(|arg| (*arg).to_owned()).collect();
@@ -118,25 +134,8 @@ impl Cluster {
         };
         args.extend(self.net.is_some().then(|| "--insecure".to_owned()));
         let (dir, log) = (lab.path(&name), lab.log(&name));
-        let join = self.running().next().map(|member| self.address(member));
         self.nodes.push(Node { ip, port, dir, log, args, process: None });
-        self.launch(index, join);
-        self.wait_listening(index);
         index
-    }
-
-    /// Starts `count` more nodes at the same moment and waits for their ports.
-    pub fn add_nodes(&mut self, lab: &Lab, count: usize) {
-        let join = self.running().next().map(|member| self.address(member));
-        let first = self.nodes.len();
-        for index in first..first + count {
-            let name = format!("node{index}");
-            let [port] = free_ports();
-            let (dir, log) = (lab.path(&name), lab.log(&name));
-            self.nodes.push(Node { port, dir, log, args: Vec::new(), process: None });
-            self.launch(index, join.clone());
-        }
-        (first..first + count).for_each(|index| self.wait_listening(index));
     }
 
     fn launch(&mut self, index: usize, join: Option<String>) {
@@ -202,11 +201,6 @@ impl Cluster {
     /// Whether a node's daemon was started and not ended by the test since.
     pub fn runs(&self, index: usize) -> bool {
         self.nodes[index].process.is_some()
-    }
-
-    /// Where the running nodes have their disks.
-    pub fn running_stores(&self) -> Vec<PathBuf> {
-        self.running().flat_map(|index| self.stores(index)).collect()
     }
 
     /// Where a node has its disks.
