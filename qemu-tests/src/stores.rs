@@ -65,7 +65,8 @@ impl Store {
         let of_kind = |kind: &'static str| items.iter().filter(move |item| item["kind"] == kind);
         // As it is with the log, and as it is in its place.
         let state = |item: &Value| (text(&item["layer"]), text(&item["version"]));
-        let [with_log, placed] = ["layer", "slab"].map(|kind| of_kind(kind).map(state).collect::<BTreeSet<_>>());
+        let [with_log, placed] =
+            ["layer", "slab"].map(|kind| of_kind(kind).map(state).collect::<BTreeSet<_>>());
         if with_log != placed || of_kind("layer").any(|layer| layer["changed_blocks"] != 0) {
             return None;
         }
@@ -142,13 +143,21 @@ pub fn compare(stores: &[Store], copies: usize) -> Equal {
         equal.blocks += replicas.iter().map(|(_, replica)| data(replica)).sum::<usize>();
         if replicas.len() != copies {
             let dirs: Vec<_> = replicas.iter().map(|(dir, r)| (dir, &r.version)).collect();
-            wrong.push(format!("layer {layer}: {} instead of {copies} replicas: {dirs:?}", dirs.len()));
+            wrong.push(format!(
+                "layer {layer}: {} instead of {copies} replicas: {dirs:?}",
+                dirs.len()
+            ));
         }
         for other in &replicas[1..] {
             wrong.extend(difference(layer, replicas[0], *other));
         }
     }
-    assert!(wrong.is_empty(), "{} differences:\n{}", wrong.len(), wrong[..wrong.len().min(20)].join("\n"));
+    assert!(
+        wrong.is_empty(),
+        "{} differences:\n{}",
+        wrong.len(),
+        wrong[..wrong.len().min(20)].join("\n")
+    );
     equal
 }
 

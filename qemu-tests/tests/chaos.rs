@@ -8,8 +8,6 @@
 use sheepdog_qemu_tests::{
     Cluster, Customer, FileSystem, Guest, Lab, Net, PATIENCE, Rng, eventually, inside, seed,
 };
-use std::fs::File;
-use std::io::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -38,12 +36,13 @@ enum Kind {
     CutCalls,
     CutMost,
     Join,
+    Drain,
     Full,
     Fail,
 }
 
 /// Each of them comes once before any comes again. Those that most nodes can suffer come more often.
-const DECK: [Kind; 15] = [
+const DECK: [Kind; 16] = [
     Kind::Kill,
     Kind::Kill,
     Kind::Stop,
@@ -57,6 +56,7 @@ const DECK: [Kind; 15] = [
     Kind::CutCalls,
     Kind::CutMost,
     Kind::Join,
+    Kind::Drain,
     Kind::Full,
     Kind::Fail,
 ];
@@ -119,14 +119,15 @@ impl Chaos<'_> {
             _ => self.victim(|_| true),
         };
         self.faults += 1;
-        let again = !matches!(kind, Kind::Full | Kind::Fail | Kind::Join) && self.rng.below(3) == 0;
+        let again = !matches!(kind, Kind::Full | Kind::Fail | Kind::Join | Kind::Drain)
+            && self.rng.below(3) == 0;
         self.carry_out(kind, victim);
         if again {
             let (kind, pause) = (self.minor_kind(victim), self.millis(50, 1500));
             self.last(pause);
             self.carry_out(kind, victim);
         }
-        if kind != Kind::Blink && kind != Kind::Join {
+        if !matches!(kind, Kind::Blink | Kind::Join | Kind::Drain) {
             self.hurt[victim] = Instant::now();
         }
         self.settle();
@@ -177,6 +178,7 @@ impl Chaos<'_> {
                 self.cluster.add_node(self.lab);
                 self.hurt.push(Instant::now());
             }
+            Kind::Drain => self.drain(node),
             Kind::Full => self.fill_disk(),
             Kind::Fail => self.fail_disk(),
         }
@@ -213,7 +215,9 @@ impl Chaos<'_> {
                     .collect();
                 let inwards = self.rng.below(2) == 0;
                 let way = if inwards { "to host" } else { "from host" };
-                self.tell(&format!("nothing {way} {node}, the others being {others:?}, for {time:?}"));
+                self.tell(&format!(
+                    "nothing {way} {node}, the others being {others:?}, for {time:?}"
+                ));
                 for other in others {
                     let (from, to) = if inwards { (other, node) } else { (node, other) };
                     self.net.cut_one_way(from, to);
@@ -239,6 +243,27 @@ impl Chaos<'_> {
         }
     }
 
+    /// The node's data move away, and back; it may be gone for a moment meanwhile.
+    fn drain(&mut self, node: usize) {
+        let (asked, time) = (self.other(node), self.millis(200, 10_000));
+        let address = self.cluster.address(node);
+        self.tell(&format!(
+            "node {asked} is told to drain node {node}, which is undone after {time:?}"
+        ));
+        self.cluster.dog(asked, &["node", "drain", &address]);
+        self.hold(node, time / 2);
+        if self.rng.below(2) == 0 {
+            let kind = self.minor_kind(node);
+            self.carry_out(kind, node);
+        }
+        self.hold(node, time / 2);
+        // The leader may have gone a moment ago.
+        eventually("the node to be taken back", RECOVERY, || {
+            self.assert_well();
+            self.cluster.try_dog(asked, &["node", "undrain", &address]).ok()
+        });
+    }
+
     fn excuse(&self, node: usize) {
         self.customers.iter().filter(|(at, _)| *at == node).for_each(|(_, c)| c.excuse());
     }
@@ -248,14 +273,9 @@ impl Chaos<'_> {
         let time = self.millis(1000, 6000);
         self.tell(&format!("disk of node {SMALL} full for {time:?}"));
         self.customers.iter().for_each(|(_, customer)| customer.excuse_no_space(true));
-        let path = self.disk.path("hog");
-        let mut hog = File::create(&path).unwrap();
-        let chunk = vec![0xFF; 1 << 20];
-        while hog.write_all(&chunk).is_ok() {}
-        while hog.write_all(&chunk[..4096]).is_ok() {}
+        self.disk.occupy(None);
         self.hold(SMALL, time);
-        std::fs::remove_file(&path).unwrap();
-        drop(hog);
+        self.disk.vacate();
         // Whoever was refused may be refused until the disk has looked again.
         self.settle();
         self.customers.iter().for_each(|(_, customer)| customer.excuse_no_space(false));
@@ -263,7 +283,9 @@ impl Chaos<'_> {
 
     fn fail_disk(&mut self) {
         let time = self.millis(500, 4000);
-        self.tell(&format!("disk of node {SMALL} fails, is unplugged and plugged in {time:?} later"));
+        self.tell(&format!(
+            "disk of node {SMALL} fails, is unplugged and plugged in {time:?} later"
+        ));
         self.disk.fail();
         eventually("the disk to be missed", RECOVERY, || {
             self.assert_well();
