@@ -152,14 +152,6 @@ pub enum Request {
         /// Which.
         key: LayerKey,
     },
-    /// Asks for the digests of some slots, over the layers of the volumes with this number of copies and
-    /// fewest copies ([`slot_digest`](crate::recovery::slot_digest)).
-    Digests {
-        /// Copies and fewest copies.
-        policy: Policy,
-        /// At most [`MAX_DIGESTS`].
-        slots: Vec<SlotId>,
-    },
     /// Asks for the layers that `holder` has to have too, in order of slot and key.
     List {
         /// The disk that compares itself.
@@ -184,6 +176,14 @@ pub enum Request {
         version: Version,
         /// The blocks, ascending.
         spans: Vec<Span>,
+    },
+    /// Asks for the digests of some slots, over the layers of the volumes with this number of copies and
+    /// fewest copies ([`slot_digest`](crate::recovery::slot_digest)).
+    Digests {
+        /// Copies and fewest copies.
+        policy: Policy,
+        /// At most [`MAX_DIGESTS`].
+        slots: Vec<SlotId>,
     },
 }
 
@@ -306,11 +306,6 @@ pub enum Reply {
         /// Blocks that are not absent.
         runs: Vec<Run>,
     },
-    /// The digests asked for, in their order.
-    Digests {
-        /// One for each slot.
-        digests: Vec<u64>,
-    },
     /// Layers.
     Listing {
         /// Their keys and versions, in order of slot and key.
@@ -330,6 +325,11 @@ pub enum Reply {
         runs: Vec<Run>,
         /// CRC-32C of each data block, in order.
         crcs: Vec<u32>,
+    },
+    /// The digests asked for, in their order.
+    Digests {
+        /// One for each slot.
+        digests: Vec<u64>,
     },
 }
 

@@ -82,6 +82,11 @@ pub enum NodeRequest {
         /// Which and where, at most [`MAX_COMPLAINTS`].
         targets: Vec<(NodeId, String)>,
     },
+    /// When was the last sign of a leader of the log from before this term?
+    HeardBefore {
+        /// The term of the leader that asks.
+        term: u64,
+    },
     /// Is this node no member any more?
     Removed {
         /// Which.
@@ -105,8 +110,8 @@ pub enum NodeReply {
         /// Its release.
         release: String,
     },
-    /// The lease is renewed.
-    Granted,
+    /// The lease is renewed, as of so many milliseconds before.
+    Granted(u64),
     /// The log says that this incarnation is not up: it has to enter again.
     EnterAgain,
     /// Somebody else leads the log, or nobody that a quorum agrees with.
@@ -130,6 +135,8 @@ pub enum NodeReply {
     NotFounded,
     /// Answers [`NodeRequest::Probe`]: the nodes that cannot be reached.
     Unreachable(Vec<NodeId>),
+    /// Answers [`NodeRequest::HeardBefore`]: so many milliseconds ago; `None` if there may be more.
+    Heard(Option<u64>),
     /// Answers [`NodeRequest::Removed`].
     Removed {
         /// The node was removed from the cluster.

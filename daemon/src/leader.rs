@@ -2,11 +2,12 @@
 //! those *down* whose lease ran out or whose process is gone, and lets others in.
 //!
 //! A lease is granted only while a quorum confirmed the leader so recently that nobody else can
-//! lead. A new leader waits a whole lease before it declares anybody down: its predecessor may
-//! have granted one at the last moment (I8).
+//! lead, and counts from that confirmation. A new leader waits a whole lease before it declares
+//! anybody down: from when a majority of the voters last heard of a predecessor, or, where it does
+//! not learn that, from when it became leader (I8).
 
 use crate::cluster::{LEASE, LEASE_MARGIN, lock};
-use crate::control::NodeReply;
+use crate::control::{NodeReply, NodeRequest};
 use crate::liveness::survey::{self, Applicants, Entrant};
 use crate::node::{Node, now};
 use crate::tasks::refuses;
@@ -16,9 +17,13 @@ use sheepdog_cluster::view::View;
 use sheepdog_log::ClusterLog;
 use sheepdog_types::{ClusterId, NodeId};
 use std::collections::HashMap;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
+use tokio::task::JoinSet;
+
+/// How long the answers of other voters about earlier leaders are waited for.
+const LOOK_BACK: Duration = Duration::from_millis(300);
 
 /// A lease that was granted.
 #[derive(Debug)]
@@ -27,6 +32,8 @@ struct Renewal {
     at: Instant,
     /// Up nodes that its holder could not reach then.
     unreachable: Vec<NodeId>,
+    /// Not granted in this term: an earlier leader may have, as late as [`Leases::heard`].
+    inherited: bool,
 }
 
 /// When the leases of the up nodes were renewed, in one term of this node as leader.
@@ -34,32 +41,50 @@ struct Renewal {
 struct Leases {
     term: u64,
     renewed: HashMap<NodeId, Renewal>,
+    /// The last moment of which an earlier leader's leases can count, once it is known.
+    heard: Option<Instant>,
+    /// No quorum confirmed this node for a while.
+    interrupted: bool,
     /// Incarnations that get no lease any more, and why. They are down when they say that they
     /// have stopped, or when their lease has run out.
     condemned: HashMap<NodeId, (u64, String)>,
 }
 
 impl Leases {
+    /// To be called whenever this node is known to lead in `term`: forgets an earlier term, in
+    /// which whoever is up may have got a lease. Nobody could renew one while it was not known.
+    fn lead(&mut self, term: u64, up: impl Iterator<Item = (NodeId, u64)>, now: Instant) {
+        let inherited = self.term != term;
+        if inherited {
+            *self = Self { term, ..Self::default() };
+        } else if !self.interrupted {
+            return;
+        }
+        self.interrupted = false;
+        for (id, incarnation) in up {
+            let renewal = Renewal { incarnation, at: now, unreachable: Vec::new(), inherited };
+            self.renewed.insert(id, renewal);
+        }
+    }
+
     /// The nodes of `up` whose lease ran out. One that is seen for the first time, in this term or
     /// with this incarnation, has a whole lease from now on.
     fn expired(
         &mut self,
-        term: u64,
         up: impl Iterator<Item = (NodeId, u64)>,
         now: Instant,
     ) -> Vec<(NodeId, u64)> {
-        if self.term != term {
-            self.term = term;
-            self.renewed.clear();
-        }
         let mut expired = Vec::new();
         for (id, incarnation) in up {
-            let first = || Renewal { incarnation, at: now, unreachable: Vec::new() };
+            let first =
+                || Renewal { incarnation, at: now, unreachable: Vec::new(), inherited: false };
             let renewed = self.renewed.entry(id).or_insert_with(first);
             if renewed.incarnation != incarnation {
                 *renewed = first();
             }
-            if now.saturating_duration_since(renewed.at) > LEASE + LEASE_MARGIN {
+            let inherited = self.heard.filter(|_| renewed.inherited);
+            let at = inherited.map_or(renewed.at, |heard| renewed.at.min(heard));
+            if now.saturating_duration_since(at) > LEASE + LEASE_MARGIN {
                 expired.push((id, incarnation));
             }
         }
@@ -101,23 +126,33 @@ impl Leader {
         if !view.nodes.get(&id).is_some_and(|n| n.up && n.incarnation == incarnation) {
             return NodeReply::EnterAgain;
         }
+        // A later leader finds out when a quorum last acknowledged this one, not when this one
+        // last granted a lease: so that is when leases begin.
+        let status = node.log.status();
+        let age = match status.quorum_acked_within() {
+            // A sole voter is its own quorum, and asks nobody.
+            _ if status.voters.len() == 1 => 0,
+            Some(age) => u64::try_from(age.as_millis()).unwrap_or(u64::MAX).saturating_add(1),
+            None => return NodeReply::NotLeader,
+        };
         let mut leases = lock(&self.leases);
+        leases.lead(status.term, others_up(node, &view), Instant::now());
         if let Some(reason) = leases.condemned(id, incarnation) {
             return NodeReply::Yield(reason.to_owned());
         }
         if unreachable.iter().any(|lost| view.nodes.get(lost).is_some_and(|n| n.up)) {
             self.complained.notify_one();
         }
-        leases.renewed.insert(id, Renewal { incarnation, at: Instant::now(), unreachable });
-        NodeReply::Granted
+        let renewal = Renewal { incarnation, at: Instant::now(), unreachable, inherited: false };
+        leases.renewed.insert(id, renewal);
+        NodeReply::Granted(age)
     }
 
     /// The up nodes whose leases ran out; empty while this node does not lead.
     fn expired(&self, node: &Node) -> Vec<(NodeId, u64, String)> {
         let mut leases = lock(&self.leases);
         if !node.log.is_confirmed_leader() {
-            leases.renewed.clear();
-            leases.condemned.clear();
+            leases.interrupted = true;
             return Vec::new();
         }
         let view = node.cluster.view();
@@ -125,14 +160,51 @@ impl Leader {
             view.nodes.get(id).is_some_and(|n| n.up && n.incarnation == incarnation)
         };
         leases.condemned.retain(|id, (incarnation, _)| is_up(id, *incarnation));
-        let others = view.nodes.iter().filter(|(id, n)| n.up && **id != node.cluster.node);
-        let others = others.map(|(id, n)| (*id, n.incarnation));
-        let expired = leases.expired(node.log.status().term, others, Instant::now());
+        leases.lead(node.log.status().term, others_up(node, &view), Instant::now());
+        let expired = leases.expired(others_up(node, &view), Instant::now());
         let with_reason = |(id, incarnation)| {
             let reason = leases.condemned(id, incarnation).unwrap_or("its lease ran out");
             (id, incarnation, reason.to_owned())
         };
         expired.into_iter().map(with_reason).collect()
+    }
+
+    /// Once in each term: asks the voters when they last heard of an earlier leader. What a majority
+    /// says bounds what any quorum can have acknowledged, and so how long leases hold that this
+    /// node did not grant.
+    async fn look_back(&self, node: &Node) {
+        let status = node.log.status();
+        let is_known = {
+            let leases = lock(&self.leases);
+            leases.term == status.term && leases.heard.is_some()
+        };
+        if is_known || status.is_changing || !node.log.is_confirmed_leader() {
+            return;
+        }
+        let me = node.cluster.node.0;
+        let mut asked = JoinSet::new();
+        for voter in status.voters.iter().filter(|voter| **voter != me) {
+            let Some(address) = status.addresses.get(voter).cloned() else { continue };
+            let (client, request) =
+                (Arc::clone(&node.client), NodeRequest::HeardBefore { term: status.term });
+            asked.spawn(async move {
+                let ask = tokio::time::timeout(LOOK_BACK, client.ask(&address, &request));
+                let Ok(Ok(NodeReply::Heard(ago))) = ask.await else { return None };
+                Instant::now().checked_sub(Duration::from_millis(ago?))
+            });
+        }
+        let own = node.log.heard_before(status.term);
+        let mut heard: Vec<Instant> =
+            own.and_then(|ago| Instant::now().checked_sub(ago)).into_iter().collect();
+        while heard.len() <= status.voters.len() / 2 {
+            let Some(answer) = asked.join_next().await else { return };
+            heard.extend(answer.ok().flatten());
+        }
+        let now = node.log.status();
+        let mut leases = lock(&self.leases);
+        if leases.term == now.term && now.term == status.term && now.voters == status.voters {
+            leases.heard = heard.into_iter().max();
+        }
     }
 
     /// Declares down who has no lease, and tells the log which nodes may vote.
@@ -146,6 +218,7 @@ impl Leader {
                 view.nodes.iter().filter(|(_, n)| n.up).map(|(id, _)| id.0).collect();
             node.log.reconcile_members(&up);
         }
+        self.look_back(node).await;
     }
 
     /// A node's port is said to refuse connections: looks for itself, and declares it down if so.
@@ -256,6 +329,12 @@ impl Leader {
     }
 }
 
+/// The other nodes that are up, and their incarnations.
+fn others_up(node: &Node, view: &View) -> impl Iterator<Item = (NodeId, u64)> {
+    let others = view.nodes.iter().filter(|(id, n)| n.up && **id != node.cluster.node);
+    others.map(|(id, n)| (*id, n.incarnation))
+}
+
 /// A node that is up by the log has begun another life and may not enter: it is down.
 async fn depose(node: &Node, id: NodeId, incarnation: u64, reason: &str) {
     let view = node.cluster.view();
@@ -286,7 +365,9 @@ mod tests {
         let begin = Instant::now();
         let limit = LEASE + LEASE_MARGIN;
         let mut at = |term, incarnation, after: Duration| {
-            leases.expired(term, std::iter::once((NODE, incarnation)), begin + after)
+            let up = std::iter::once((NODE, incarnation));
+            leases.lead(term, up.clone(), begin + after);
+            leases.expired(up, begin + after)
         };
         let moment = Duration::from_millis(1);
         assert!(at(1, 7, Duration::ZERO).is_empty());
@@ -298,5 +379,34 @@ mod tests {
         // A new term: the leader before may have renewed it at the last moment.
         assert!(at(2, 8, 7 * limit).is_empty());
         assert_eq!(at(2, 8, 8 * limit + moment), [(NODE, 8)]);
+    }
+
+    #[test]
+    fn i8_a_new_leader_waits_for_leases_of_the_last_one() {
+        let limit = LEASE + LEASE_MARGIN;
+        let moment = Duration::from_millis(1);
+        let heard = Instant::now();
+        let elected = heard + Duration::from_secs(1);
+        let mut leases = Leases::default();
+        let up = |incarnation| std::iter::once((NODE, incarnation));
+        leases.lead(3, up(7), elected);
+        assert!(leases.expired(up(7), heard + limit + moment).is_empty(), "nobody knows better");
+        leases.heard = Some(heard);
+        assert!(leases.expired(up(7), heard + limit).is_empty());
+        assert_eq!(leases.expired(up(7), heard + limit + moment), [(NODE, 7)]);
+        // What entered since has its lease from this leader, and so has what it granted one.
+        let entered = heard + limit + moment;
+        assert!(leases.expired(up(8), entered + moment).is_empty());
+        assert!(leases.expired(up(8), entered + moment + limit).is_empty());
+        assert_eq!(leases.expired(up(8), entered + limit + 2 * moment), [(NODE, 8)]);
+        // Leases that this leader granted do not end sooner because it was in doubt for a while.
+        let doubted = entered + 2 * limit;
+        leases.interrupted = true;
+        leases.lead(3, up(8), doubted);
+        assert!(leases.expired(up(8), doubted + limit).is_empty());
+        assert_eq!(leases.expired(up(8), doubted + limit + moment), [(NODE, 8)]);
+        // And a later term knows nothing of it.
+        leases.lead(4, up(8), entered + 9 * limit);
+        assert!(leases.expired(up(8), entered + 10 * limit).is_empty());
     }
 }

@@ -155,6 +155,10 @@ async fn handle_node(node: &Arc<Node>, request: NodeRequest) -> Result<NodeReply
             look_at_refusing(node, id).await;
             Ok(NodeReply::Done)
         }
+        NodeRequest::HeardBefore { term } => {
+            let ago = node.log.heard_before(term).map(|ago| ago.as_millis());
+            Ok(NodeReply::Heard(ago.map(|ms| u64::try_from(ms).unwrap_or(u64::MAX))))
+        }
         NodeRequest::Left { node: id, incarnation } => {
             node.leader.left(node, id, incarnation).await;
             Ok(NodeReply::Done)

@@ -616,8 +616,8 @@ impl Node {
                 error.to_string()
             })?
         };
-        if reply == NodeReply::Granted {
-            self.cluster.lease.renew(asked_at);
+        if let NodeReply::Granted(age) = reply {
+            self.cluster.lease.renew(asked_at.saturating_sub(age.saturating_mul(1_000_000)));
         }
         Ok(reply)
     }

@@ -71,7 +71,7 @@ async fn keep_lease(node: Arc<Node>) {
                 node.enter().await;
                 continue;
             }
-            Ok(NodeReply::Granted) => {
+            Ok(NodeReply::Granted(_)) => {
                 tokio::select! {
                     () = sleep(RENEW_EVERY) => {}
                     () = node.peers.reach.changed() => {}

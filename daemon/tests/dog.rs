@@ -142,7 +142,36 @@ fn expected_request(args: &[&str]) -> Value {
     match args.join(" ").as_str() {
         "cluster info" => json!({"command": "cluster-info"}),
         "cluster health" => json!({"command": "cluster-health"}),
+        "cluster set" => json!({"command": "cluster-settings", "name": null}),
+        "cluster set down-out-interval 30m" => {
+            json!({"command": "cluster-set", "name": "down-out-interval", "value": "30m"})
+        }
         "node list" => json!({"command": "node-list"}),
+        "node drain 10.0.0.6:7000" => {
+            json!({"command": "node-drain", "node": "10.0.0.6:7000", "force": false})
+        }
+        "node undrain 10.0.0.6:7000" => {
+            json!({"command": "node-undrain", "node": "10.0.0.6:7000"})
+        }
+        "node remove 10.0.0.7:7000" => {
+            json!({"command": "node-remove", "node": "10.0.0.7:7000", "force": false})
+        }
+        "node set-weight 8899aabbccddeeff 500" => json!({"command": "node-set-weight",
+            "target": "8899aabbccddeeff", "weight": 500, "force": false}),
+        "node set-zone 10.0.0.6:7000 rack3" => {
+            json!({"command": "node-set-zone", "node": "10.0.0.6:7000", "zone": "rack3"})
+        }
+        "node disk add /mnt/nvme1" => {
+            json!({"command": "node-disk-add", "path": "/mnt/nvme1", "weight": null})
+        }
+        "node disk remove /var/lib/sheepdog" => {
+            json!({"command": "node-disk-remove", "disk": "/var/lib/sheepdog", "force": false})
+        }
+        "node disk list" => json!({"command": "node-disk-list"}),
+        "node recovery" => json!({"command": "node-recovery"}),
+        "node recovery pause" => {
+            json!({"command": "cluster-set", "name": "recovery.paused", "value": "true"})
+        }
         "node scrub start --rate 32MiB" => {
             json!({"command": "node-scrub-start", "rate": 33_554_432})
         }
@@ -168,7 +197,7 @@ fn expected_request(args: &[&str]) -> Value {
 #[test]
 fn documented_examples_are_what_people_see() {
     let examples = examples();
-    assert_eq!(examples.len(), 15, "every command has an example, export add three");
+    assert_eq!(examples.len(), 27, "every command has an example, export add three");
     for Example { args, human, json } in examples {
         let (output, request) = FakeNode::answering(&json!({"ok": json})).dog(&args);
         assert_eq!(request, Some(expected_request(&args)));
@@ -191,7 +220,10 @@ fn documented_examples_are_what_scripts_see() {
 
 #[test]
 fn documented_examples_are_what_the_library_promises() {
-    use sheepdog::api::{ClusterInfo, ExportInfo, Health, NodeInfo, ScrubInfo, VolumeInfo};
+    use sheepdog::api::{
+        ClusterInfo, DiskInfo, ExportInfo, Health, NodeInfo, Recovery, ScrubInfo, SettingInfo,
+        VolumeInfo,
+    };
     fn same<T: serde::de::DeserializeOwned + serde::Serialize>(json: &Value) {
         let typed: T = serde_json::from_value(json.clone()).unwrap();
         assert_eq!(serde_json::to_value(typed).unwrap(), *json);
@@ -201,6 +233,12 @@ fn documented_examples_are_what_the_library_promises() {
             ["cluster", "info"] => same::<ClusterInfo>(&json),
             ["cluster", "health"] => same::<Health>(&json),
             ["node", "list"] => same::<Vec<NodeInfo>>(&json),
+            ["cluster", "set"] => same::<Vec<SettingInfo>>(&json),
+            ["node", "drain" | "undrain" | "set-weight" | "set-zone"] => same::<NodeInfo>(&json),
+            ["node", "remove"] => assert_eq!(json, Value::Null),
+            ["node", "disk"] => same::<Vec<DiskInfo>>(&json),
+            ["node", "recovery"] if args.len() > 2 => same::<Vec<SettingInfo>>(&json),
+            ["node", "recovery"] => same::<Recovery>(&json),
             ["node", "scrub"] => same::<Vec<ScrubInfo>>(&json),
             ["volume", "create" | "info"] => same::<VolumeInfo>(&json),
             ["volume", "list"] => same::<Vec<VolumeInfo>>(&json),
@@ -233,6 +271,122 @@ fn options_of_a_command_reach_the_node() {
                               "address": address});
         assert_eq!(request, Some(expected));
     }
+}
+
+/// Answers requests with `answer` until none comes any more; gives the requests.
+fn node_that_goes_on(
+    mut answer: impl FnMut(&Value) -> Option<Value> + Send + 'static,
+) -> (SocketAddr, JoinHandle<Vec<Value>>) {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address = listener.local_addr().unwrap();
+    let thread = std::thread::spawn(move || {
+        let mut requests = Vec::new();
+        loop {
+            let mut stream = listener.accept().unwrap().0;
+            greet(&mut stream, 1, WELCOME);
+            let request = take_request(&mut stream);
+            let response = answer(&request);
+            requests.push(request);
+            let Some(response) = response else { return requests };
+            stream.write_all(&frame(response.to_string().as_bytes())).unwrap();
+        }
+    });
+    (address, thread)
+}
+
+fn a_plan(volumes: &Value) -> Value {
+    json!({"ok": {"epoch": 12, "still_waiting": 0, "volumes": volumes, "waiting": [],
+        "disks": [{"disk": "0123456789abcdef", "address": "10.0.0.7:7000", "down_since": null}]}})
+}
+
+/// Runs `dog cluster recover ARGS` with `typed` as input; its output and what it gave up.
+fn recover(args: &[&str], typed: &str, volumes: Value) -> (Output, Option<Value>) {
+    let (orders, given_up) = std::sync::mpsc::channel();
+    let (address, _thread) = node_that_goes_on(move |request| {
+        if request["command"] == "cluster-recover-plan" {
+            return Some(a_plan(&volumes));
+        }
+        orders.send(request.clone()).unwrap();
+        Some(json!({"ok": null}))
+    });
+    let args = [&["cluster", "recover"], args].concat();
+    let mut dog = dog(&args);
+    dog.env("SHEEPDOG_NODE", address.to_string()).stdin(Stdio::piped());
+    let mut child = dog.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let _ = child.stdin.take().unwrap().write_all(typed.as_bytes()); // it may have ended
+    (child.wait_with_output().unwrap(), given_up.try_recv().ok())
+}
+
+#[test]
+fn nothing_is_given_up_without_force_and_a_word() {
+    let loss = json!([{"volume": "vm1", "objects": 9, "gone": 3, "older": 0,
+        "older_since_epoch": null, "older_since": null}]);
+    for (args, typed) in [(&[][..], "give up\n"), (&["--force"], ""), (&["--force"], "yes\n")] {
+        let (output, given_up) = recover(args, typed, loss.clone());
+        assert_eq!((output.status.code(), given_up), (Some(1), None), "{args:?}");
+        assert!(stderr(&output).contains("nothing was changed"));
+        assert!(stdout(&output).contains("vm1, of 9: 3 without any replica"), "the plan is shown");
+    }
+    let expected =
+        json!({"command": "cluster-recover", "disks": ["0123456789abcdef"], "epoch": 12});
+    for (args, typed) in [(&["--force"][..], "give up\n"), (&["--force", "--yes"], "")] {
+        let (output, given_up) = recover(args, typed, loss.clone());
+        assert_eq!((output.status.code(), given_up), (Some(0), Some(expected.clone())), "{args:?}");
+    }
+    let (output, given_up) = recover(&[], "", json!([]));
+    assert_eq!((output.status.code(), given_up), (Some(0), None), "nothing would be lost");
+}
+
+#[test]
+fn waiting_for_a_drain_ends_when_it_is_done_and_prints_one_document() {
+    let node = |drained| {
+        json!({"id": "a", "address": "1.2.3.4:5", "zone": "z", "state": "draining",
+            "drained": drained, "disks": []})
+    };
+    let mut asked = 0;
+    let (address, _thread) = node_that_goes_on(move |request| {
+        let answer = match request["command"].as_str()? {
+            "node-drain" => node(false),
+            "node-recovery" => json!({"paused": false, "nodes": []}),
+            "node-list" => {
+                asked += 1;
+                json!([node(asked == 3)])
+            }
+            _ => return None,
+        };
+        Some(json!({"ok": answer}))
+    });
+    let output = dog(&["--json", "node", "drain", "1.2.3.4:5", "--wait"])
+        .env("SHEEPDOG_NODE", address.to_string())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert_eq!(serde_json::from_str::<Value>(stdout(&output)).unwrap(), node(true));
+    assert!(stderr(&output).contains("no recovery"), "the progress: {}", stderr(&output));
+}
+
+#[test]
+fn watching_the_health_ends_when_all_is_well() {
+    let slots = json!({"total": 3, "complete": 3, "degraded": 0, "waiting": 0});
+    let mut asked = 0;
+    let (address, _thread) = node_that_goes_on(move |request| {
+        let answer = match request["command"].as_str()? {
+            "cluster-health" => {
+                asked += 1;
+                let status = ["unavailable", "degraded", "ok"][asked.min(3) - 1];
+                json!({"status": status, "epoch": 1, "reasons": [], "slots": slots})
+            }
+            _ => json!({"paused": true, "nodes": []}),
+        };
+        Some(json!({"ok": answer}))
+    });
+    let output = dog(&["cluster", "health", "--watch"])
+        .env("SHEEPDOG_NODE", address.to_string())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let words: Vec<&str> = stdout(&output).lines().filter_map(|l| l.split(':').next()).collect();
+    assert_eq!(words, ["unavailable", "degraded", "ok"]);
 }
 
 #[test]
@@ -428,6 +582,12 @@ fn wrong_usage_exits_with_2_and_asks_no_node() {
         ("export add v --vhost-user 127.0.0.1:10809", "path of a Unix socket"),
         ("export remove v --nbd --vhost-user", "cannot be used with"),
         ("volume list --node localhost:7000", "host names are not looked up"),
+        ("cluster recover --yes", "--force"),
+        ("node drain", "<NODE>"),
+        ("node set-weight a b", "'b'"),
+        ("node disk", "Usage"),
+        ("node disk add /", "does not name a directory"),
+        ("node recovery stop", "stop"),
         ("node scrub", "Usage"),
         ("node scrub start --rate 1K", "less than 4KiB"),
     ] {
@@ -453,7 +613,7 @@ fn every_command_explains_itself_with_an_example() {
     let mut lines: Vec<String> = vec![String::new()];
     for Example { args, .. } in examples() {
         lines.extend([args[0].to_string(), args[..2].join(" ")]);
-        if args[1] == "scrub" {
+        if ["scrub", "disk", "recovery"].contains(&args[1]) && args.len() > 2 {
             lines.push(args[..3].join(" "));
         }
     }
@@ -463,6 +623,8 @@ fn every_command_explains_itself_with_an_example() {
         assert_eq!(output.status.code(), Some(0), "{line}");
         let text = stdout(&output);
         assert!(text.contains("--node") && text.contains("SHEEPDOG_NODE"), "{line}: {text}");
-        assert!(text.contains(&format!("Example:\n  dog {line}")), "{line}: {text}");
+        let example = text.split("Example:\n  dog ").nth(1).unwrap_or_default();
+        let example = example.replace("--node 10.0.0.5:7000 ", "");
+        assert!(example.starts_with(&line), "{line}: {text}");
     }
 }

@@ -110,7 +110,7 @@ impl Cluster {
     /// As [`Cluster::add_node`], with further arguments for its daemon at each start.
     pub fn add_node_with(&mut self, lab: &Lab, args: &[&str]) -> usize {
         let join = self.running().next().map(|member| self.address(member));
-        let index = self.new_node(lab, args);
+        let index = self.push_node(lab, args);
         self.launch(index, join);
         self.wait_listening(index);
         index
@@ -119,12 +119,12 @@ impl Cluster {
     /// Starts `count` more nodes at the same moment and waits for their ports.
     pub fn add_nodes(&mut self, lab: &Lab, count: usize) {
         let join = self.running().next().map(|member| self.address(member));
-        let new: Vec<_> = (0..count).map(|_| self.new_node(lab, &[])).collect();
-        new.iter().for_each(|index| self.launch(*index, join.clone()));
-        new.iter().for_each(|index| self.wait_listening(*index));
+        let added: Vec<usize> = (0..count).map(|_| self.push_node(lab, &[])).collect();
+        added.iter().for_each(|index| self.launch(*index, join.clone()));
+        added.iter().for_each(|index| self.wait_listening(*index));
     }
 
-    fn new_node(&mut self, lab: &Lab, args: &[&str]) -> usize {
+    fn push_node(&mut self, lab: &Lab, args: &[&str]) -> usize {
         let index = self.nodes.len();
         let name = format!("node{index}");
         let mut args: Vec<_> = args.iter().map(|arg| (*arg).to_owned()).collect();

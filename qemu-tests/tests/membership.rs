@@ -51,7 +51,7 @@ fn a_node_is_drained_and_removed_under_load_and_refused_afterwards() {
 #[test]
 fn a_node_that_stays_down_is_out_and_may_return() {
     let lab = Lab::new("out");
-    let mut cluster = Cluster::start(&lab, 4);
+    let mut cluster = Cluster::start(&lab, 5);
     cluster.create("disk", "32M", 3);
     let mut client = cluster.export_nbd(0, "disk").connect();
     let mut scribe = Scribe::new(seed(), BLOCKS);

@@ -1,7 +1,9 @@
 //! What goes wrong, and how it ends.
 
 use super::topology::{duration, random_copies};
-use super::world::World;
+use super::world::{Time, World};
+use sheepdog_cluster::command::{Command, DiskInfo};
+use sheepdog_types::DiskId;
 
 impl World {
     fn happens(&mut self, per_million: u64) -> bool {
@@ -15,7 +17,7 @@ impl World {
     /// Whether another failure would be one too many for what is demanded otherwise: half of the
     /// losses are left to be survived in peace.
     fn spared(&mut self) -> bool {
-        self.tainted && !self.doubled && self.now / 512 % 2 == 0
+        self.tainted && !self.doubled && (self.now / 512).is_multiple_of(2)
     }
 
     pub fn run_faults(&mut self) {
@@ -53,6 +55,13 @@ impl World {
                 let until = duration(&mut self.rng, self.now);
                 self.freeze(at, until);
             }
+        }
+        if self.happens(plan.deaf) && !self.instances.is_empty() {
+            let at = self.rng.below(self.instances.len() as u64) as usize;
+            let until = duration(&mut self.rng, self.now);
+            let node = self.instances[at].node + 1;
+            note!(self, "a gateway on n{node} hears nothing of the log until t={until}");
+            self.instances[at].deaf_until = until;
         }
         if self.happens(plan.slow) {
             let (at, factor) = (self.some_node(), self.rng.range(3, 40));
@@ -125,29 +134,73 @@ impl World {
                     self.disks[at].store.full = 0;
                 }
             } else if disk.failed && self.now >= disk.trouble_until {
-                self.repair(at);
-            } else if disk.failed && disk.used && self.rng.chance(100) {
-                self.leave_out(at);
+                note!(self, "disk {} works again", at + 101);
+                self.disks[at].failed = false;
             }
         }
     }
 
-    /// Its node notices, and goes on without the disk.
-    fn leave_out(&mut self, disk: usize) {
-        let node = self.disks[disk].node;
-        if self.nodes[node].runs(self.now) {
-            note!(self, "n{} goes on without disk {}", node + 1, disk + 101);
-            self.disks[disk].used = false;
-            self.enter_again(node);
+    /// Disks that failed leave the cluster, and come back into service when they work again.
+    pub fn run_disks(&mut self) {
+        if !self.now.is_multiple_of(8) {
+            return;
         }
+        for at in 0..self.disks.len() {
+            let disk = &self.disks[at];
+            let node = disk.node;
+            if !self.nodes[node].runs(self.now) || !self.has_entered(node) {
+                continue;
+            }
+            if disk.used {
+                let known = self.view_of(node).disks.get(&disk.id);
+                if known.is_some_and(|d| !d.up) {
+                    // An old command came late.
+                    let disk = &mut self.disks[at];
+                    (disk.used, disk.left, disk.sync) = (false, true, None);
+                }
+                continue;
+            }
+            let (id, failed, left) = (disk.id, disk.failed, disk.left);
+            let up = self.view_of(node).is_up(id);
+            let incarnation = self.nodes[node].incarnation;
+            let now = self.now;
+            match (up, failed, left) {
+                (true, false, true) => self.disks[at].used = true,
+                (true, ..) => {
+                    let reason = "it failed".to_string();
+                    let command = Command::DiskDown { disk: id, incarnation, reason, at: now };
+                    self.propose(node, command);
+                }
+                (false, false, true) => {
+                    let (node_id, disk) = (self.nodes[node].id, DiskInfo { id, weight: 1 });
+                    let command = Command::DiskUp { node: node_id, incarnation, disk, at: now };
+                    self.propose(node, command);
+                }
+                (false, ..) => self.disks[at].left = true,
+            }
+        }
+        self.take_out();
     }
 
-    fn repair(&mut self, disk: usize) {
-        note!(self, "disk {} works again", disk + 101);
-        let node = self.disks[disk].node;
-        // Its store is opened again: that is another life, even if nobody noticed the failure.
-        (self.disks[disk].failed, self.disks[disk].used) = (false, true);
-        self.enter_again(node);
+    /// The leader gives up waiting for disks that were down for long.
+    fn take_out(&mut self) {
+        let Some(leader) = self.log.leader.filter(|_| self.plan.out > 0) else { return };
+        let view = std::sync::Arc::clone(self.view_of(leader));
+        let now = self.now;
+        self.down_since.retain(|disk, _| !view.is_up(*disk));
+        for (id, _) in view.disks.iter().filter(|(_, d)| !d.up) {
+            self.down_since.entry(*id).or_insert(now);
+        }
+        let long = |since: Time| now > since + self.plan.out;
+        let disks: Vec<DiskId> = self
+            .down_since
+            .iter()
+            .filter(|(id, since)| long(**since) && view.disks.get(id).is_some_and(|d| !d.out))
+            .map(|(id, _)| *id)
+            .collect();
+        if !disks.is_empty() && !self.calm && now.is_multiple_of(64) {
+            self.propose(leader, Command::Out { disks, at: now });
+        }
     }
 
     fn fail_disks(&mut self) {
@@ -159,6 +212,7 @@ impl World {
             self.taint();
             let disk = &mut self.disks[at];
             (disk.failed, disk.trouble_until) = (true, until);
+            (disk.used, disk.left, disk.sync) = (false, false, None);
             disk.store.full = 0;
             disk.store.lose_power(&mut self.rng, false);
         }
@@ -194,9 +248,32 @@ impl World {
         if self.happens(plan.volumes) {
             self.replace_volume();
         }
+        if self.happens(plan.drain) {
+            self.drain_or_undrain();
+        }
         if self.happens(plan.hand_over) {
             let at = self.rng.below(self.volumes.len() as u64) as usize;
             self.detach(at);
+        }
+    }
+
+    /// The youngest node gives its data away, or takes some again.
+    fn drain_or_undrain(&mut self) {
+        let (Some(leader), Some((id, node))) =
+            (self.log.leader, self.log.state.nodes.last_key_value())
+        else {
+            return;
+        };
+        let on = !node.draining;
+        let command = Command::Drain { node: *id, on, force: false, at: self.now };
+        self.propose(leader, command);
+    }
+
+    fn undrain_all(&mut self) {
+        let draining: Vec<_> =
+            self.log.state.nodes.iter().filter(|(_, n)| n.draining).map(|(id, _)| *id).collect();
+        for node in draining {
+            self.commit_now(Command::Drain { node, on: false, force: true, at: self.now });
         }
     }
 
@@ -279,15 +356,15 @@ impl World {
         self.plan.delay = self.plan.delay.min(4);
         for at in 0..self.disks.len() {
             self.disks[at].store.full = 0;
-            if self.disks[at].failed {
-                self.repair(at);
-            }
+            self.disks[at].failed = false;
         }
         for node in &mut self.nodes {
             node.frozen_until = node.frozen_until.min(self.now);
             node.slow = (1, 0);
             node.start_at = node.start_at.min(self.now + 100);
         }
+        self.log.proposals.retain(|(_, _, c)| !matches!(c, Command::Drain { .. }));
+        self.undrain_all();
         self.restarts = true;
         self.guests = true;
     }

@@ -2,6 +2,7 @@
 
 use super::checker::Kind;
 use super::net::Port;
+use super::topology::duration;
 use super::world::{Instance, World};
 use sheepdog_cluster::command::{Ack, Command};
 use sheepdog_cluster::gateway::{Config, Effect, Gateway, Phase};
@@ -82,6 +83,7 @@ impl World {
             inbox: Arc::default(),
             alive: true,
             view_at: self.nodes[node].applied,
+            deaf_until: 0,
             held: Vec::new(),
             forbidden: BTreeSet::new(),
             spread: BTreeMap::new(),
@@ -103,6 +105,9 @@ impl World {
         }
         let (writer, volume) = (instance.gateway.config().writer, self.volumes[at].id);
         let node = instance.node;
+        if !self.calm && self.rng.chance(500) {
+            self.instances[active].deaf_until = duration(&mut self.rng, self.now);
+        }
         // Its devices are gone before the log hears of it.
         self.volumes[at].active = None;
         self.propose(node, Command::Detach { volume, writer });
@@ -139,7 +144,7 @@ impl World {
             return;
         }
         let known = self.nodes[node].applied;
-        if instance.view_at < known {
+        if instance.view_at < known && (self.calm || instance.deaf_until <= self.now) {
             let view = Arc::clone(self.view_of(node));
             let newer = view.epoch > self.log.views[instance.view_at].epoch;
             self.instances[at].view_at = known;

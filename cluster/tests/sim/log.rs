@@ -11,6 +11,7 @@ use sheepdog_types::NodeId;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// The first nodes vote.
 const VOTERS: usize = 5;
@@ -31,7 +32,8 @@ pub struct Log {
     answers: Vec<(Time, usize, u64, Time, bool)>,
     /// By the leader's clock.
     renewed: BTreeMap<NodeId, (u64, Time)>,
-    seen_dead: BTreeMap<usize, Time>,
+    /// What each revision cost whoever applied it: whether rings changed, and the time.
+    pub costs: Vec<(bool, Duration)>,
 }
 
 impl World {
@@ -39,6 +41,7 @@ impl World {
     pub fn commit(&mut self, command: Command) -> Answer {
         self.traffic.commands += encode_command(&command).len() as u64;
         let text = if self.trace.on { describe(&command) } else { String::new() };
+        let started = Instant::now();
         let before = (self.log.state.revision, self.log.state.epoch);
         let rings = (self.log.state.ring.clone(), self.log.state.next_ring.clone());
         let answer = self.log.state.apply(command);
@@ -59,6 +62,7 @@ impl World {
             build_view(state, self.log.views.last(), moved)
         };
         self.log.views.push(view);
+        self.log.costs.push((moved, started.elapsed()));
         note!(self, "epoch {}: {text}", self.log.state.epoch);
         answer
     }

@@ -472,7 +472,7 @@ impl World {
         let store = &self.disks[source].store;
         let usable = self.nodes[there].runs(self.now)
             && self.net.both(here, there)
-            && !self.disks[source].failed
+            && self.disks[source].used
             && self.admit(there, &call).is_ok()
             && !store.is_damaged(job.key)
             && (store.version(job.key) == job.target || job.origin == Origin::Sync);
@@ -494,7 +494,7 @@ impl World {
         if now != job.epoch && self.mutant != Mutant::SkipEpoch {
             return Err(Reply::Rejected(Reject::StaleEpoch { now }));
         }
-        if self.disks[job.disk].failed {
+        if !self.disks[job.disk].used {
             return Err(Reply::Failed(Failure::Disk));
         }
         let full = self.disks[job.disk].store.full;

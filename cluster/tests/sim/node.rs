@@ -21,8 +21,10 @@ pub struct Disk {
     pub store: Store,
     /// It answers every call with an error.
     pub failed: bool,
-    /// Its node announces it.
+    /// In service, as far as its node is concerned.
     pub used: bool,
+    /// Since it went out of service, the log has said so.
+    pub left: bool,
     pub sync: Option<Sync>,
     /// It is failed or full until then.
     pub trouble_until: Time,
@@ -77,6 +79,7 @@ impl World {
                 store: Store::default(),
                 failed: false,
                 used: true,
+                left: false,
                 sync: None,
                 trouble_until: 0,
             });
@@ -151,7 +154,7 @@ impl World {
         let disks = self.nodes[at].disks.clone();
         for disk in disks {
             let disk = &mut self.disks[disk];
-            disk.used = !disk.failed;
+            (disk.used, disk.left) = (!disk.failed, disk.failed);
         }
         let node = &mut self.nodes[at];
         (node.alive, node.host, node.unanswered) = (true, true, false);

@@ -431,4 +431,3 @@ impl Script {
 fn number(word: &str) -> Result<u64, Problem> {
     word.parse().map_or_else(|_| syntax(format!("'{word}' is not a number")), Ok)
 }
-

@@ -49,7 +49,7 @@ impl World {
         origin: Option<Origin>,
     ) -> Option<(Reply, Vec<u8>)> {
         let at = self.disk_index(call.disk);
-        if self.disks[at].failed && !matches!(call.request, Request::Fence { .. }) {
+        if !self.disks[at].used && !matches!(call.request, Request::Fence { .. }) {
             return Some((Reply::Failed(Failure::Disk), Vec::new()));
         }
         let mutant = self.mutant;

@@ -3,7 +3,7 @@
 use super::net::Origin;
 use super::world::{Mutant, World};
 use sheepdog_cluster::command::Command;
-use sheepdog_cluster::message::{Call, Failure, Reply, Request};
+use sheepdog_cluster::message::{self, Call, Failure, Reply, Request};
 use sheepdog_cluster::replica;
 use sheepdog_cluster::resync::{self, Action, Listings};
 use sheepdog_cluster::view::{View, Waiting};
@@ -128,12 +128,20 @@ impl World {
         let reachable = self.nodes[there].runs(self.now) && self.net.both(here, there);
         let (id, lease) = (self.nodes[there].id, self.serves(there));
         if !reachable
-            || self.disks[peer].failed
+            || !self.disks[peer].used
             || replica::admit(self.view_of(there), id, lease, &call).is_err()
         {
             return;
         }
         let listing = self.disks[peer].store.listing();
+        if self.count_traffic {
+            let layers = listing.iter().map(|(k, v)| (*k, *v)).collect();
+            let reply = Reply::Listing { layers, more: false };
+            let mut frame = Vec::new();
+            message::encode(&mut frame, 1, &call, &[], &[]);
+            message::encode(&mut frame, 1, &reply, &[], &[]);
+            self.traffic.sync += frame.len() as u64;
+        }
         if let Some(sync) = &mut self.disks[at].sync {
             sync.missing.retain(|d| *d != disk);
             sync.listings.insert(disk, listing);

@@ -18,6 +18,8 @@ pub struct FaultPlan {
     pub blackout: u64,
     /// A process stops for a while, and goes on as if nothing had happened.
     pub freeze: u64,
+    /// The thread of a gateway that takes views does not run for a while.
+    pub deaf: u64,
     /// A pair of nodes cannot talk.
     pub cut: u64,
     /// One direction between two nodes is cut.
@@ -40,6 +42,10 @@ pub struct FaultPlan {
     pub join: u64,
     /// A volume is deleted, and another one made.
     pub volumes: u64,
+    /// The youngest node is drained, or takes data again.
+    pub drain: u64,
+    /// Steps after which others take the place of a disk that is down; 0 for never.
+    pub out: Time,
     /// A volume moves to another gateway.
     pub hand_over: u64,
     /// Clocks run at different speeds.
@@ -61,6 +67,7 @@ impl FaultPlan {
             power: some(1_000),
             blackout: some(400),
             freeze: some(1_500),
+            deaf: some(4_000),
             cut: some(4_000),
             one_way: some(4_000),
             isolate: some(1_500),
@@ -72,6 +79,8 @@ impl FaultPlan {
             rot: some(8_000),
             join: some(1_000),
             volumes: some(1_500),
+            drain: some(1_500),
+            out: some(900),
             hand_over: some(1_000),
             skew: some(1) > 0,
             delay: 0,
@@ -100,7 +109,7 @@ impl FaultPlan {
 /// cluster is a beginning, so that rings need not be placed anew for every seed.
 #[derive(Clone, Copy, Debug)]
 pub struct Topology {
-    pattern: usize,
+    pub pattern: usize,
     pub nodes: usize,
     /// Disks of every node, if they are not drawn.
     pub each: Option<usize>,

@@ -154,6 +154,8 @@ pub struct Instance {
     /// Its process is there.
     pub alive: bool,
     pub view_at: usize,
+    /// It hears nothing of the log until then.
+    pub deaf_until: Time,
     /// Requests that wait for the lease.
     pub held: Vec<(Op, u64)>,
     /// Requests of a zombie's guest that began after another gateway served.
@@ -212,11 +214,14 @@ pub struct World {
     pub doubled_at: Option<Time>,
     /// When a disk was full the last time.
     pub full_at: Option<Time>,
+    /// Since when disks have been down.
+    pub down_since: std::collections::BTreeMap<DiskId, Time>,
     /// When the last block rotted.
     pub rotted: Time,
     pub trouble: Option<String>,
     pub stats: Stats,
     pub traffic: Traffic,
+    pub count_traffic: bool,
     /// Disks do not synchronise themselves for now.
     pub syncs_held: bool,
     /// What a read of a script has to return.
@@ -281,10 +286,12 @@ impl World {
             doubled: false,
             doubled_at: None,
             full_at: None,
+            down_since: BTreeMap::new(),
             rotted: 0,
             trouble: None,
             stats: Stats::default(),
             traffic: Traffic::default(),
+            count_traffic: false,
             syncs_held: false,
             expected: None,
         };
@@ -467,6 +474,7 @@ impl World {
     /// All disks hold what they must, as far as the log knows.
     pub fn complete(&self) -> bool {
         self.log.state.next_ring.is_none()
+            && self.log.state.nodes.values().all(|n| !n.draining)
             && self.disks.iter().all(|d| self.log.state.disk_up(d.id))
             && self
                 .log
@@ -479,7 +487,7 @@ impl World {
     /// Every node serves, and every disk is complete.
     pub fn all_well(&self) -> bool {
         self.complete()
-            && self.disks.iter().all(|d| !d.failed)
+            && self.disks.iter().all(|d| d.used)
             && (0..self.nodes.len()).all(|at| self.serves(at))
     }
 
@@ -500,6 +508,7 @@ impl World {
             self.run_faults();
         }
         self.run_nodes();
+        self.run_disks();
         self.run_syncs();
         self.manage_attachments();
         self.run_guests();
@@ -527,7 +536,7 @@ impl World {
     }
 
     /// After all is settled and read: every member of every object has the same.
-    fn compare_replicas(&self) -> Result<(), String> {
+    pub fn compare_replicas(&self) -> Result<(), String> {
         let view = self.latest();
         for volume in self.volumes.iter().filter(|v| !v.deleted) {
             for index in 0..volume.size.div_ceil(sheepdog_types::OBJECT_SIZE) {

@@ -174,6 +174,11 @@ pub trait ClusterLog: Send + Sync + 'static {
     /// have become leader since. Only such a node may decide about leases.
     fn is_confirmed_leader(&self) -> bool;
 
+    /// How long ago this node last heard of a leader of a term before `term`, or was one; `None`
+    /// while it may acknowledge one yet. So far back at most lies what a quorum with this node
+    /// acknowledged such a leader.
+    fn heard_before(&self, term: u64) -> Option<Duration>;
+
     /// Adds the node `id`, reachable at `addr`, to the members. It returns when the membership
     /// is committed; the node then receives the log, and becomes a voter, by itself, once it has
     /// caught up and while there are fewer voters than wanted. Adding a member again changes at

@@ -10,7 +10,7 @@ use sheepdog_cluster::command::Command;
 use sheepdog_cluster::state::{ClusterState, Disk};
 use sheepdog_cluster::view::{View, Waiting};
 use sheepdog_types::{DiskId, NodeId, SlotId};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// Answers a request that is about nodes.
@@ -103,7 +103,13 @@ async fn remove(node: &Arc<Node>, name: &str, force: bool) -> Result<(), String>
     let id = find_node(&node.cluster.state(), name)?;
     if !force && !node.cluster.view().nodes.get(&id).is_some_and(|n| n.up) {
         let view = node.cluster.view();
-        let waiting = tokio::task::spawn_blocking(move || waiting_for(&view, id)).await;
+        let never_back: BTreeSet<DiskId> = {
+            let state = node.cluster.state();
+            let removed = |d: &Disk| d.lost || state.nodes.get(&d.node).is_none_or(|n| n.removed);
+            let disks = state.disks.iter().filter(|(_, d)| d.node == id || removed(d));
+            disks.map(|(disk, _)| *disk).collect()
+        };
+        let waiting = tokio::task::spawn_blocking(move || waiting_for(&view, &never_back)).await;
         let waiting = waiting.map_err(|e| e.to_string())?;
         if waiting > 0 {
             return Err(format!(
@@ -118,9 +124,9 @@ async fn remove(node: &Arc<Node>, name: &str, force: bool) -> Result<(), String>
     Ok(())
 }
 
-/// Slots that wait for nobody but disks of `node`.
-fn waiting_for(view: &View, node: NodeId) -> usize {
-    let only = |disks: &[DiskId]| disks.iter().all(|d| view.node_of(*d) == Some(node));
+/// Slots that wait for nobody but some of these disks.
+fn waiting_for(view: &View, whom: &BTreeSet<DiskId>) -> usize {
+    let only = |disks: &[DiskId]| disks.iter().all(|disk| whom.contains(disk));
     let policies = policies(view);
     let waits = |slot: &u16| {
         policies.iter().any(|&(copies, min)| match view.slot(SlotId(*slot), copies, min) {

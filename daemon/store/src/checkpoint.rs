@@ -221,10 +221,20 @@ impl Engine {
         for layer in staged.iter_mut() {
             self.free_dropped(checkpointer, layer)?;
         }
+        self.make_room(staged)?;
         for layer in staged {
             self.stage(checkpointer, layer)?;
         }
         self.write_batch(checkpointer, 0)
+    }
+
+    /// Extends `index` and `sums` for slabs that were taken without: on a full disk, or before a
+    /// power cut that shortened these files.
+    fn make_room(&self, staged: &[Staged]) -> io::Result<()> {
+        let slabs = staged.iter().filter_map(|layer| layer.frozen.slab).map(|slab| slab.slab + 1);
+        let needed = slabs.max().unwrap_or(0);
+        let mut log = lock(&self.log);
+        if needed > log.slabs.room { self.grow(&mut log, needed) } else { Ok(()) }
     }
 
     /// Gives back what the layer left, unless another layer still needs it.

@@ -127,7 +127,7 @@ impl Engine {
         let log = self.lock_with_room(need, || self.check_write(key, prev, version, &write))?;
         let Some(mut log) = log else { return Ok(Applied::Already) };
         let old = self.table.shard_of(key.object).get(key).and_then(LayerState::slab);
-        let slab = old.map_or_else(|| self.take_slab(&mut log), Ok)?;
+        let slab = old.map_or_else(|| self.take_slab(&mut log, need.privileged), Ok)?;
         let written = self.append_write(&mut log, &mut header, slab, &write);
         if let Err(error) = written {
             if old.is_none() {
@@ -221,16 +221,22 @@ impl Engine {
         }
     }
 
-    /// A free slab, whose index records and checksum tables have their space.
-    pub(crate) fn take_slab(&self, log: &mut LogState) -> Result<SlabRef, WriteError> {
-        loop {
-            if let Some(slab) = log.slabs.take() {
-                return Ok(slab);
-            }
-            let room = log.slabs.room.checked_add(GROW_SLABS).ok_or(WriteError::NoSpace)?;
-            let what = "cannot extend the store's tables";
-            self.grow(log, room).map_err(|error| self.no_space_or_failed(what, &error))?;
+    /// A free slab, whose index records and checksum tables have their space. A `privileged` change
+    /// of a layer that does not exist yet gets one also where the file system has no space for
+    /// these: it waits in the log until a checkpoint finds some.
+    fn take_slab(&self, log: &mut LogState, privileged: bool) -> Result<SlabRef, WriteError> {
+        if let Some(slab) = log.slabs.take() {
+            return Ok(slab);
         }
+        let lowest = log.slabs.lowest();
+        let room = lowest.checked_add(GROW_SLABS).ok_or(WriteError::NoSpace)?;
+        let grown = self.grow(log, room);
+        let what = "cannot extend the store's tables";
+        match grown.map_err(|error| self.no_space_or_failed(what, &error)) {
+            Err(WriteError::NoSpace) if privileged => {}
+            other => other?,
+        }
+        log.slabs.take_this(lowest).ok_or(WriteError::NoSpace)
     }
 
     /// Makes room in `index` and `sums` for `slabs` slabs.
@@ -443,7 +449,7 @@ impl Engine {
         if check()?.is_none() {
             return Ok(false);
         }
-        let slab = self.take_slab(&mut log)?;
+        let slab = self.take_slab(&mut log, false)?;
         drop(log);
         let need = Need::of(&header, u32::from(BlockRange::ALL.count()));
         let locked = self.write_image(slab, &states, &image.data);

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use sheepdog_types::{BLOCK_SIZE, LayerKey};
 
-use crate::format::{HEADER, Header, Kind, Mark, RECORD_ALIGN, Superblock};
+use crate::format::{HEADER, Header, Kind, Mark, NO_SLAB, RECORD_ALIGN, Superblock};
 use crate::layer::SlabRef;
 use crate::medium::VFile;
 
@@ -133,22 +133,20 @@ pub(crate) struct Slabs {
 }
 
 impl Slabs {
-    /// The lowest free slab; `None` if `index` and `sums` must grow first.
-    pub(crate) fn take(&mut self) -> Option<SlabRef> {
-        if let Some((_, slab)) = self.free.pop_first() {
-            return Some(slab);
-        }
-        if self.next >= self.room {
-            return None;
-        }
-        self.next += 1;
-        Some(SlabRef::unused(self.next - 1))
+    /// The number of the lowest free slab.
+    pub(crate) fn lowest(&self) -> u32 {
+        self.free.first_key_value().map_or(self.next, |(slab, _)| *slab)
     }
 
-    /// A certain slab, if it is free.
+    /// The lowest free slab; `None` if `index` and `sums` must grow first.
+    pub(crate) fn take(&mut self) -> Option<SlabRef> {
+        (self.lowest() < self.room).then(|| self.take_this(self.lowest())).flatten()
+    }
+
+    /// A certain slab, if it is free. `index` and `sums` may have no room for it yet.
     pub(crate) fn take_this(&mut self, slab: u32) -> Option<SlabRef> {
         if slab >= self.next {
-            if slab >= self.room {
+            if slab == NO_SLAB {
                 return None;
             }
             self.free.extend((self.next..slab).map(|slab| (slab, SlabRef::unused(slab))));

@@ -15,8 +15,7 @@ use crate::damage::Damage;
 use crate::engine::{DIRECT_BLOCKS, Engine, Files, install_entries, lock};
 use crate::error::OpenError;
 use crate::format::{
-    FORMAT, Header, Kind, Mark, NO_SLAB, SECTOR, SUPER_PART, SuperError, Superblock,
-    crcs_from_bytes,
+    FORMAT, Header, Kind, Mark, SECTOR, SUPER_PART, SuperError, Superblock, crcs_from_bytes,
 };
 use crate::layer::{LayerState, SlabRef};
 use crate::log::{LogState, Record, Replay, Ring, segment_name};
@@ -363,7 +362,7 @@ impl Engine {
         }
         match header.kind {
             Kind::Data | Kind::Clear => {
-                let Some(slab) = self.replay_slab(log, header, true)? else {
+                let Some(slab) = self.replay_slab(log, header, true) else {
                     return damaged("names a slab that it cannot have");
                 };
                 self.apply_write(log, header, slab, record.crcs());
@@ -372,7 +371,7 @@ impl Engine {
                 let Some((states, crcs)) = install_states(header, tables) else {
                     return damaged("has wrong block states");
                 };
-                let Some(slab) = self.replay_slab(log, header, false)? else {
+                let Some(slab) = self.replay_slab(log, header, false) else {
                     return damaged("names a slab that it cannot have");
                 };
                 let entries = install_entries(slab, &states, crcs_from_bytes(crcs));
@@ -406,7 +405,7 @@ impl Engine {
                 let Some(changes) = changes.filter(|_| header.prev != Version::NONE) else {
                     return damaged("has wrong block changes");
                 };
-                if self.replay_slab(log, header, true)?.is_none() {
+                if self.replay_slab(log, header, true).is_none() {
                     return damaged("names a slab that it cannot have");
                 }
                 self.apply_patch(log, header, &changes, record.crcs());
@@ -420,27 +419,16 @@ impl Engine {
     }
 
     /// The slab that a record names: that of its layer, or for a new content a free one.
-    fn replay_slab(
-        &self,
-        log: &mut LogState,
-        header: &Header,
-        keep: bool,
-    ) -> Result<Option<SlabRef>, OpenError> {
+    fn replay_slab(&self, log: &mut LogState, header: &Header, keep: bool) -> Option<SlabRef> {
         let shard = self.table.shard_of(header.key.object);
         let has = shard.get(header.key).and_then(LayerState::slab).filter(|_| keep);
         drop(shard);
         if let Some(slab) = has {
-            return Ok((slab.slab == header.slab).then_some(slab));
+            return (slab.slab == header.slab).then_some(slab);
         }
-        // The tables were extended for it, but a file's length may be lost with its last blocks.
-        if header.slab >= log.slabs.room {
-            let ahead = header.slab.saturating_sub(log.slabs.next.max(log.slabs.room));
-            if header.slab == NO_SLAB || ahead > MAX_AHEAD {
-                return Ok(None);
-            }
-            self.grow(log, header.slab + 1).map_err(OpenError::io("cannot extend the tables"))?;
-        }
-        Ok(log.slabs.take_this(header.slab))
+        // The next checkpoint makes room for it in the tables, if they have none (any more).
+        let ahead = header.slab.saturating_sub(log.slabs.next.max(log.slabs.room));
+        (ahead <= MAX_AHEAD).then(|| log.slabs.take_this(header.slab)).flatten()
     }
 
     fn version_is(&self, header: &Header) -> bool {

@@ -34,6 +34,12 @@ impl Shared {
     }
 
     async fn respond(&self, request: Request) -> Result<Response, RpcError> {
+        match &request {
+            Request::Append(append) => self.note_heard(&append.vote),
+            Request::Vote(vote) => self.note_heard(&vote.vote),
+            Request::Snapshot(vote, ..) => self.note_heard(vote),
+            Request::PreVote(_) | Request::TransferLeader(_) | Request::Operate(_) => {}
+        }
         let response = match request {
             Request::Append(append) => {
                 wire::check_append(&append)?;

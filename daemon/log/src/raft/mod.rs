@@ -2,6 +2,7 @@
 
 mod db;
 mod forward;
+mod heard;
 mod machine;
 mod members;
 mod network;
@@ -25,10 +26,11 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use self::db::Db;
+use self::heard::Heard;
 use self::machine::Machine;
 use self::network::Network;
 use self::store::LogStore;
-use self::types::{Bytes, LogId, Metrics, Raft};
+use self::types::{Bytes, LogId, Metrics, Raft, Vote};
 use self::wire::Operation;
 use crate::api::{BoxFuture, ClusterLog, LogStatus, ProposeError, StateMachine, Transport};
 
@@ -59,6 +61,7 @@ struct Shared {
     changing: tokio::sync::Mutex<()>,
     /// Until then this node keeps promises that it may have made before it was restarted.
     quiet_until: Instant,
+    heard: Mutex<Heard>,
 }
 
 impl RaftLog {
@@ -105,6 +108,7 @@ impl RaftLog {
             inflight: Semaphore::new(options.max_inflight),
             changing: tokio::sync::Mutex::new(()),
             quiet_until: Instant::now() + quiet,
+            heard: Mutex::new(Heard::new(std::time::Instant::now())),
             options,
         });
         log.elect_alone().await;
@@ -192,6 +196,13 @@ impl ClusterLog for RaftLog {
 
     fn is_confirmed_leader(&self) -> bool {
         self.shared.is_confirmed_leader()
+    }
+
+    fn heard_before(&self, term: u64) -> Option<std::time::Duration> {
+        // Whoever is in that term, or a later one, acknowledges no earlier leader any more.
+        let is_there = self.shared.metrics().current_term >= term;
+        let now = std::time::Instant::now();
+        is_there.then(|| now.saturating_duration_since(self.shared.heard().before(term, now)))
     }
 
     fn add_member(&self, id: u64, addr: String) -> BoxFuture<'_, Result<(), ProposeError>> {
@@ -312,7 +323,18 @@ impl Shared {
         }
     }
 
+    /// Notes a request of a leader or candidate, before it is handled.
+    fn note_heard(&self, vote: &Vote) {
+        self.heard().note(vote.leader_id.term, std::time::Instant::now());
+    }
+
+    fn heard(&self) -> std::sync::MutexGuard<'_, Heard> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn publish(&self, metrics: &Metrics) {
+        let leads = metrics.state == ServerState::Leader;
+        self.heard().note_leading(metrics.current_term, leads, std::time::Instant::now());
         let status = self.status_from(metrics);
         if let Some(failure) = &status.failure
             && self.status.borrow().failure.is_none()

@@ -1,10 +1,13 @@
 //! I10, I11: a full log waits or says so, a full or failing disk refuses changes and goes on
 //! reading, and comes back.
 
+use std::io::ErrorKind;
+
 use rustix::io::Errno;
 
 use super::sim::{Fault, SimMedium};
 use super::support::{Model, Op, check_equal, key, new_sim, open_sim, version};
+use crate::checkpoint::GROW_SLABS;
 use crate::error::{ReadError, WriteError};
 use crate::medium::{Medium, VFile};
 
@@ -50,6 +53,76 @@ fn i11_a_full_data_file_refuses_writes_keeps_reading_and_recovers() {
     engine.checkpoint().unwrap();
     apply(&engine, &mut model, &new).unwrap();
     check_equal(&engine, &model).unwrap();
+    drop(engine);
+    check_equal(&open_sim(&medium).unwrap(), &model).unwrap();
+}
+
+fn discard(index: u32) -> Op {
+    let (key, version) = (key(1, index, 0), version(1, 1));
+    Op::Clear { key, version, first: 3, count: 5, absent: false, release: true }
+}
+
+#[test]
+fn i11_what_is_discarded_of_a_new_layer_needs_no_space() {
+    // Which file cannot grow, when the tables have room for as many layers as there are.
+    for full in ["index", "sums"] {
+        let medium = SimMedium::default();
+        let mut engine = new_sim(&medium);
+        let mut model = Model::new();
+        for index in 0..GROW_SLABS {
+            apply(&engine, &mut model, &write(index, 1, &[7])).unwrap();
+        }
+        engine.checkpoint().unwrap();
+        medium.set_fault(Some((full, Errno::NOSPC)));
+        let new = write(GROW_SLABS, 1, &[7]);
+        assert_eq!(apply(&engine, &mut model, &new), Err(WriteError::NoSpace));
+        for index in GROW_SLABS..GROW_SLABS + 3 {
+            apply(&engine, &mut model, &discard(index)).unwrap();
+        }
+        apply(&engine, &mut model, &Op::Delete { key: key(1, GROW_SLABS + 1, 0) }).unwrap();
+        check_equal(&engine, &model).unwrap();
+        // The log keeps it until there is space.
+        let error = engine.checkpoint().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::StorageFull, "{error}");
+        check_equal(&engine, &model).unwrap();
+        engine.shut_down().unwrap_err();
+        drop(engine);
+        engine = open_sim(&medium).unwrap();
+        check_equal(&engine, &model).unwrap();
+        apply(&engine, &mut model, &discard(GROW_SLABS + 3)).unwrap();
+        // A slab without room is for discards only.
+        assert_eq!(
+            apply(&engine, &mut model, &write(GROW_SLABS + 4, 1, &[7])),
+            Err(WriteError::NoSpace)
+        );
+        medium.set_fault(None);
+        engine.checkpoint().unwrap();
+        apply(&engine, &mut model, &write(GROW_SLABS, 2, &[8])).unwrap();
+        engine.shut_down().unwrap();
+        drop(engine);
+        check_equal(&open_sim(&medium).unwrap(), &model).unwrap();
+    }
+}
+
+#[test]
+fn i11_a_full_disk_that_lost_the_length_of_its_tables_can_be_opened() {
+    let medium = SimMedium::default();
+    let engine = new_sim(&medium);
+    let mut model = Model::new();
+    apply(&engine, &mut model, &write(0, 1, &[1, 2])).unwrap();
+    engine.sync_log().unwrap();
+    drop(engine);
+    medium.lose(512, &mut |_| 0);
+    assert_eq!(medium.file_len("index"), 0);
+    medium.set_fault(Some(("index", Errno::NOSPC)));
+    let engine = open_sim(&medium).unwrap();
+    check_equal(&engine, &model).unwrap();
+    apply(&engine, &mut model, &discard(1)).unwrap();
+    apply(&engine, &mut model, &Op::Delete { key: key(1, 0, 0) }).unwrap();
+    engine.checkpoint().unwrap_err();
+    check_equal(&engine, &model).unwrap();
+    medium.set_fault(None);
+    engine.shut_down().unwrap();
     drop(engine);
     check_equal(&open_sim(&medium).unwrap(), &model).unwrap();
 }

@@ -44,9 +44,13 @@ fn terminals_get_no_control_characters() {
 #[test]
 fn a_node_without_disks_has_a_line() {
     let answer = value!([{"id": "1", "address": "127.0.0.1:7000", "zone": "z", "state": "up",
-                          "disks": []}]);
+                          "drained": false, "disks": []}]);
     let text = human(&Request::NodeList, answer).unwrap();
-    assert!(text.ends_with("\n1     127.0.0.1:7000  z     up     -        -         -  -     -\n"));
+    assert!(
+        text.ends_with(
+            "\n1     127.0.0.1:7000  z     up     -          -     -         -  -     -\n"
+        )
+    );
 }
 
 #[test]
