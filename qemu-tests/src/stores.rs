@@ -194,9 +194,11 @@ impl Cluster {
         compare(&stores, copies)
     }
 
+    /// Reads a disk of a node that does not run.
+    ///
     /// A daemon that stops syncs its log, but may leave it to the next one to apply it. Alone, without the
     /// others, a node changes nothing else.
-    fn read_store(&mut self, node: usize, dir: &Path) -> Store {
+    pub fn read_store(&mut self, node: usize, dir: &Path) -> Store {
         eventually(&format!("{} to be in order", dir.display()), LIMIT, || {
             let store = Store::read(dir);
             if store.is_none() {
