@@ -166,6 +166,8 @@ impl Recovery {
         self.view = view;
         if epoch_ended || !self.is_wanted() && !self.progress.check {
             self.stop();
+            // What was in the way then need not be any more.
+            self.progress.problem = None;
             (self.wait, self.patience, self.attempts) = (0, 1, 0);
         }
         self.progress.paused = self.view.settings.recovery_paused;
@@ -209,6 +211,7 @@ impl Recovery {
             pass::Done::GoOn => {}
             pass::Done::Finished => {
                 self.stop();
+                self.progress.problem = None;
                 self.patience = 1;
             }
             pass::Done::Failed => self.fail(),

@@ -308,6 +308,7 @@ fn a_full_disk_stops_copying_and_tries_again_later() {
     world.run();
     assert_eq!(*world.here(), all);
     assert_eq!(world.state.disks[&disk(3)].missed_since, None);
+    assert_eq!(world.recovery.progress().problem, None, "it would be taken out of service for it");
 }
 
 #[test]

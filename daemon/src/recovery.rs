@@ -27,8 +27,12 @@ const TEND: Duration = Duration::from_secs(5);
 const CHECK: Duration = Duration::from_secs(3600);
 /// Rates are measured over this time.
 const RATE_WINDOW: Duration = Duration::from_secs(10);
-/// A disk that was full takes part again when this share of it is free.
+/// A disk that was full takes part again when this share of it is free, and this many bytes: for want
+/// of one object's worth it left.
 const ROOM: u64 = 20;
+const LEAST_ROOM: u64 = 64 << 20;
+/// Why a full disk is out of service.
+const FULL: &str = "it is full and lacks data; free space, or add disks";
 /// How long the agreed state may take to say what was just proposed.
 const APPLY: Duration = Duration::from_secs(5);
 
@@ -162,6 +166,14 @@ impl Recoveries {
             }
         };
         entries.into_iter().map(describe).collect()
+    }
+
+    /// Why a disk was taken out of service although it works, if it was.
+    #[must_use]
+    pub fn out_of_service(&self, disk: DiskId) -> Option<String> {
+        let entry = lock(&self.disks).get(&disk).cloned()?;
+        let full = lock(&entry.meter).full;
+        full.then(|| FULL.to_owned())
     }
 
     /// Compares the disks that count as complete with their peers.
@@ -404,7 +416,7 @@ async fn mind_space(node: &Arc<Node>, entry: &Arc<Entry>, view: &View) -> Result
         if problem != Some(Failure::NoSpace) {
             return Ok(());
         }
-        let reason = "it is full and lacks data; free space, or add disks".to_string();
+        let reason = FULL.to_owned();
         tracing::error!(disk = %id, reason, "the disk leaves service");
         lock(&entry.meter).full = true;
         let entered = view.disks.get(&id).map_or(Epoch(0), |d| d.entered);
@@ -412,7 +424,8 @@ async fn mind_space(node: &Arc<Node>, entry: &Arc<Entry>, view: &View) -> Result
         node.propose(&command).await?.map_err(|refusal| refusal.to_string())?;
     } else if full {
         let usage = entry.disk.store.usage();
-        if (usage.capacity.saturating_sub(usage.used)) * ROOM < usage.capacity {
+        let free = usage.capacity.saturating_sub(usage.used);
+        if free < LEAST_ROOM.max(usage.capacity / ROOM) {
             return Ok(());
         }
         let weight = node.weight_of(id).unwrap_or(1);

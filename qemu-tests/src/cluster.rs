@@ -198,6 +198,35 @@ impl Cluster {
         process.unwrap_or_else(|| panic!("node {index} does not run"))
     }
 
+    /// Whether a node's daemon was started and not ended by the test since.
+    pub fn runs(&self, index: usize) -> bool {
+        self.nodes[index].process.is_some()
+    }
+
+    /// Where a node has its disks.
+    pub fn stores(&self, index: usize) -> Vec<PathBuf> {
+        let node = &self.nodes[index];
+        let given = node.args.windows(2).filter(|pair| pair[0] == "--disk");
+        let path = |pair: &[String]| PathBuf::from(pair[1].split(',').next().unwrap_or_default());
+        let given: Vec<_> = given.map(path).collect();
+        if given.is_empty() && !node.args.iter().any(|arg| arg == "--no-disk") {
+            return vec![node.dir.join("disk")];
+        }
+        given
+    }
+
+    /// SIGTERM to all running nodes at once; all must stop cleanly.
+    pub fn terminate_all(&mut self) {
+        for index in self.running() {
+            self.process(index).signal(Signal::TERM);
+        }
+        for (index, node) in self.nodes.iter_mut().enumerate() {
+            let Some(mut process) = node.process.take() else { continue };
+            let status = process.wait(2 * PATIENCE);
+            assert!(status.success(), "node {index} did not stop cleanly: {status}");
+        }
+    }
+
     fn running(&self) -> impl Iterator<Item = usize> {
         (0..self.nodes.len()).filter(|i| self.nodes[*i].process.is_some())
     }

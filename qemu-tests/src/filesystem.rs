@@ -2,6 +2,7 @@
 
 use crate::Lab;
 use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -73,6 +74,30 @@ impl FileSystem {
     /// From now on everything fails with EIO, and what was not synced is lost.
     pub fn fail(&self) {
         do_it("xfs_io", &["-x", "-c", "shutdown", text(&self.mount)]);
+    }
+
+    /// Somebody else takes so many MiB, or all that is left.
+    pub fn occupy(&self, mebibytes: Option<usize>) {
+        let path = self.hog();
+        let mut hog = File::create(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let chunk = vec![0xFF; 1 << 20];
+        for _ in 0..mebibytes.unwrap_or(usize::MAX) {
+            if let Err(error) = hog.write_all(&chunk) {
+                assert!(mebibytes.is_none(), "{}: {error}", path.display());
+                break;
+            }
+        }
+        while mebibytes.is_none() && hog.write_all(&chunk[..4096]).is_ok() {}
+    }
+
+    /// And gives it back.
+    pub fn vacate(&self) {
+        let path = self.hog();
+        std::fs::remove_file(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    }
+
+    fn hog(&self) -> PathBuf {
+        self.mount.join("somebody-elses")
     }
 
     /// A path in it.

@@ -131,6 +131,13 @@ impl Guest {
         });
     }
 
+    /// Panics when the script has failed already.
+    pub fn assert_well(&self) {
+        let output = self.output();
+        let code = output.lines().rev().find_map(|line| line.strip_prefix(MARKER));
+        assert!(code.is_none_or(|code| code.trim() == "0"), "the guest's script failed:\n{output}");
+    }
+
     /// Waits for the power-off.
     pub fn finish(mut self, limit: Duration) -> GuestResult {
         self.process.wait(limit);

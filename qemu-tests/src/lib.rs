@@ -8,6 +8,7 @@
 //! they would fight for two cores, and their stalls would say nothing.
 
 mod cluster;
+mod customer;
 mod filesystem;
 mod guest;
 mod lab;
@@ -16,9 +17,11 @@ mod netns;
 mod process;
 mod pulse;
 mod scribe;
+mod stores;
 mod tools;
 
 pub use cluster::{Cluster, Export, Failure, check_message, free_ports, sheep_refused};
+pub use customer::{Account, Customer};
 pub use filesystem::{FileSystem, inside};
 pub use guest::{Disk, Guest, GuestResult};
 pub use lab::Lab;
@@ -27,6 +30,7 @@ pub use netns::Net;
 pub use process::{Finished, Process, run};
 pub use pulse::Pulse;
 pub use scribe::Scribe;
+pub use stores::{Equal, Store, check, compare};
 pub use tools::{Fio, FioResult, StorageDaemon, qemu_img, qemu_io, try_qemu_io};
 
 use std::path::PathBuf;

@@ -1,6 +1,6 @@
 //! I1: a node that was away catches up before its word counts: after it is back, another node may die.
 
-use sheepdog_qemu_tests::{Cluster, Lab, Scribe, seed};
+use sheepdog_qemu_tests::{Cluster, Customer, Equal, Lab, Scribe, compare, seed};
 
 #[test]
 fn data_stays_right_while_nodes_go_and_come() {
@@ -53,4 +53,53 @@ fn below_min_copies_writes_wait_and_then_go_on() {
     scribe.write(&mut client, 64);
     scribe.flush(&mut client);
     scribe.verify(&mut client);
+}
+
+#[test]
+fn nobody_waits_for_the_one_that_catches_up() {
+    let lab = Lab::new("rejoin-under-load");
+    let mut cluster = Cluster::start(&lab, 4);
+    cluster.create("disk", "32M", 3);
+    let customer = Customer::start(&cluster.export_nbd(0, "disk"), seed(), 8192);
+    for victim in [1, 2, 3, 1] {
+        cluster.kill(victim);
+        // Most of its objects are overwritten while it is away.
+        customer.wait_for_more(300);
+        let away = customer.take_longest();
+        cluster.restart(victim);
+        cluster.wait_healthy();
+        customer.wait_for_more(20);
+        let back = customer.take_longest();
+        println!("node {victim}: longest stall {away:?} when it died, {back:?} when it came back");
+    }
+    assert!(customer.finish().verified > 8192);
+    let equal = cluster.stop_and_compare(3);
+    println!("all replicas are equal: {equal:?}");
+    assert_eq!((equal.layers, equal.replicas), (8, 24));
+}
+
+#[test]
+fn replicas_that_differ_are_told_apart() {
+    let lab = Lab::new("rejoin-differ");
+    let mut cluster = Cluster::start(&lab, 2);
+    let witness = cluster.add_node_with(&lab, &["--no-disk"]);
+    cluster.wait_healthy();
+    cluster.create("disk", "8M", 2);
+    let mut client = cluster.export_nbd(0, "disk").connect();
+    client.write(0, &[1; 8192]).unwrap();
+    client.write(4 << 20, &[2; 4096]).unwrap();
+    cluster.kill(1);
+    client.write(4096, &[3; 4096]).unwrap();
+    drop(client);
+    cluster.terminate_all();
+    let stores = [0, 1].map(|node| {
+        let dir = cluster.stores(node).remove(0);
+        cluster.read_store(node, &dir)
+    });
+    let told = std::panic::catch_unwind(|| compare(&stores, 2)).unwrap_err();
+    let told = told.downcast_ref::<String>().unwrap();
+    assert!(told.contains("1 differences") && told.contains("1 blocks differ: [(1, "), "{told}");
+    [0, 1, witness].into_iter().for_each(|node| cluster.relaunch(node));
+    cluster.wait_healthy();
+    assert_eq!(cluster.stop_and_compare(2), Equal { layers: 2, replicas: 4, blocks: 6 });
 }

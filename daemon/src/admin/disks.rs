@@ -192,7 +192,9 @@ pub fn list(node: &Node) -> Vec<DiskInfo> {
             capacity: usage.as_ref().map(|usage| usage.capacity),
             used: usage.as_ref().map(|usage| usage.used),
             complete: local == DiskState::Up && agreed.is_some_and(|d| is_complete(&state, d)),
-            failure: failure.or_else(|| unopened.get(&info.id).cloned()),
+            failure: failure
+                .or_else(|| unopened.get(&info.id).cloned())
+                .or_else(|| node.recoveries.out_of_service(info.id)),
         }
     });
     disks.collect()

@@ -50,7 +50,8 @@ pub fn local_disks(node: &Node) -> Vec<DiskHealth> {
     let health = |disk: Arc<Disk>| DiskHealth {
         id: disk.id,
         damaged: disk.store.damage().blocks.len() as u64,
-        failure: disk.store.failure().map(|reason| reason.to_string()),
+        failure: (disk.store.failure().map(|reason| reason.to_string()))
+            .or_else(|| node.recoveries.out_of_service(disk.id)),
     };
     let unopened = lock(&node.unopened).clone().into_iter().map(|(id, failure)| DiskHealth {
         id,
