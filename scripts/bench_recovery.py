@@ -277,10 +277,12 @@ class Row:
 
 
 def fill(export, mib):
+    """Writes all of the volume, every time other bytes: a recovery does not move blocks that are equal."""
     name, path = export
     run_client(
         ["fio", "--name=fill", "--ioengine=nbd", f"--uri=nbd+unix:///{name}?socket={path}", "--rw=write", "--bs=1m", "--iodepth=4",
-         "--thread", f"--size={mib}M", "--end_fsync=1", "--refill_buffers", "--output-format=json"],
+         "--thread", f"--size={mib}M", "--end_fsync=1", "--refill_buffers", f"--randseed={random.randrange(1 << 31)}",
+         "--output-format=json"],
         seconds=1800,
     )
 
