@@ -4,7 +4,8 @@ The same load goes to three servers in turn: one node with one copy, three nodes
 qemu-storage-daemon with a raw file. All run at once, each round visits every server, and medians over the rounds
 are reported, so that a slow minute of the machine hits all of them. CPU is the servers' alone, from /proc.
 
-`scripts/bench store` measures the disk store alone, beside fio; see `scripts/bench store --help`.
+`scripts/bench store` measures the disk store alone, beside fio; `scripts/bench recovery` what happens when nodes
+die and recover. Each has a --help of its own.
 """
 
 import argparse
@@ -171,8 +172,8 @@ def rss_mib(pid):
     return int(re.search(r"VmRSS:\s+(\d+) kB", status).group(1)) / 1024
 
 
-def run_client(command):
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300)
+def run_client(command, seconds=300):
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=seconds)
     if done.returncode != 0:
         raise SystemExit(f"error: {' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
     return json.loads(done.stdout[done.stdout.index("{") :])

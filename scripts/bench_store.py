@@ -36,7 +36,7 @@ import time
 from bench import first_line
 
 MIB = 1 << 20
-BEGIN, END = "<!-- bench-store:begin -->", "<!-- bench-store:end -->"
+MARKERS = ("<!-- bench-store:begin -->", "<!-- bench-store:end -->")
 BUSY = " (**other work was running**: rates and times, and ratios of them, say little; CPU and memory figures hold)"
 # Options::sums_cache_bytes as it is by default.
 SUMS_CACHE = 32 << 20
@@ -383,13 +383,15 @@ def machine(o, parents, load):
     ]
 
 
-def write_document(path, lines):
+def write_document(path, lines, markers, title):
+    """Puts the lines between the markers, which are added under the title if they are not there."""
+    begin, end = markers
     text = path.read_text() if path.exists() else "# Performance\n"
-    if BEGIN not in text or END not in text:
-        text += f"\n## The disk store\n\n{BEGIN}\n{END}\n"
-    head, rest = text.split(BEGIN, 1)
-    tail = rest.split(END, 1)[1]
-    path.write_text(f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{tail}")
+    if begin not in text or end not in text:
+        text += f"\n## {title}\n\n{begin}\n{end}\n"
+    head, rest = text.split(begin, 1)
+    tail = rest.split(end, 1)[1]
+    path.write_text(f"{head}{begin}\n" + "\n".join(lines) + f"\n{end}{tail}")
 
 
 def profile(o, place):
@@ -480,7 +482,7 @@ def main():
     if o.json != "-":
         print("\n".join(lines))
     if o.write:
-        write_document(o.root / "docs/performance.md", lines)
+        write_document(o.root / "docs/performance.md", lines, MARKERS, "The disk store")
 
 
 if __name__ == "__main__":

@@ -96,12 +96,26 @@ impl Peers {
     /// # Errors
     /// When the node cannot be reached or does not answer; it may have carried the call out.
     pub fn ask(&self, view: &View, disk: DiskId, request: Request) -> io::Result<Answer> {
+        self.ask_for(WriterGen(0), view, disk, request)
+    }
+
+    /// The same on behalf of this writer, who waits for it.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn ask_for(
+        &self,
+        writer: WriterGen,
+        view: &View,
+        disk: DiskId,
+        request: Request,
+    ) -> io::Result<Answer> {
         let node = view.node_of(disk).ok_or(io::ErrorKind::NotFound)?;
         let link = self.link(node);
         link.wait_connected(CONNECT_TIMEOUT);
         let (sender, receiver) = mpsc::sync_channel(1);
         let caller: Arc<dyn Caller> = Arc::new(Waiter(sender));
-        let call = Call { epoch: view.epoch, disk, writer: WriterGen(0), request };
+        let call = Call { epoch: view.epoch, disk, writer, request };
         if !link.send(&caller, 0, &call, None) {
             return Err(io::ErrorKind::NotConnected.into());
         }

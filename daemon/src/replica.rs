@@ -3,13 +3,15 @@
 use crate::cluster::{Cluster, lock};
 use crate::peers::Peers;
 use crate::pool::Pool;
+use crate::recovery::Pacer;
 use sheepdog_cluster::message::{Body, Call, Failure, Reject, Reply, Request};
 use sheepdog_cluster::replica::admit;
 use sheepdog_store::{BlocksRead, Payload, ReadError, Store, WriteError};
-use sheepdog_types::{BLOCK_SIZE, DiskId, LayerKey, Version};
+use sheepdog_types::{BLOCK_SIZE, DiskId, LayerKey, Version, WriterGen};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+use std::time::Instant;
 
 mod copies;
 mod give;
@@ -74,6 +76,10 @@ pub struct Replica {
     /// Reads whole layers and listings for peers: these never wait for the network, so that two
     /// nodes that copy from each other cannot block each other.
     serving: Pool,
+    /// Reads layers for the background recovery of peers: slower when this node's volumes feel it. One
+    /// thread, so that it is a step at a time.
+    giving: Pool,
+    pacer: Pacer,
     peers: Mutex<Weak<Peers>>,
 }
 
@@ -83,6 +89,7 @@ impl Replica {
     /// # Errors
     /// If no threads can be made.
     pub fn new(cluster: Arc<Cluster>, disks: Vec<Disk>) -> std::io::Result<Arc<Self>> {
+        let pacer = Pacer::new(Arc::clone(&cluster.clients));
         Ok(Arc::new(Self {
             cluster,
             disks: RwLock::new(Arc::new(
@@ -91,6 +98,8 @@ impl Replica {
             copying: Pool::new("copy", 2, 256)?,
             copies: Copies::default(),
             serving: Pool::new("serve", 2, 1024)?,
+            giving: Pool::new("give", 1, 1024)?,
+            pacer,
             peers: Mutex::new(Weak::new()),
         }))
     }
@@ -176,6 +185,11 @@ impl Replica {
                 }
                 answer
             }
+            Request::Fetch { .. } | Request::Sums { .. } | Request::FetchBlocks { .. }
+                if call.writer == WriterGen(0) =>
+            {
+                self.give(call, later())
+            }
             Request::Fetch { .. }
             | Request::Sums { .. }
             | Request::FetchBlocks { .. }
@@ -199,12 +213,21 @@ impl Replica {
         if pool.submit(job) { None } else { Some(Failure::Busy.into()) }
     }
 
+    /// Nobody waits for the answer but a background recovery.
+    fn give(self: &Arc<Self>, call: &Call, later: Later) -> Option<Answer> {
+        let (replica, call, asked) = (Arc::clone(self), call.clone(), Instant::now());
+        let job = Box::new(move || {
+            replica.pacer.give(asked, || later(replica.execute_slowly(&call, 0)));
+        });
+        if self.giving.submit(job) { None } else { Some(Failure::Busy.into()) }
+    }
+
     fn execute_slowly(&self, call: &Call, ticket: u64) -> Answer {
         let Some(disk) = &self.disk(call.disk) else { return Reject::NotMember.into() };
         match &call.request {
             Request::Recover { key, expect, from, target } => {
                 let copy = Copy { key: *key, expect: *expect, from: *from, target: *target };
-                let outcome = self.recover(disk, copy, call.epoch, Some(ticket));
+                let outcome = self.recover(disk, copy, call.epoch, Some((ticket, call.writer)));
                 self.copies.forget(disk.id, *key, ticket);
                 match outcome {
                     Ok(_) => Reply::Done.into(),

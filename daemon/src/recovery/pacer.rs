@@ -8,10 +8,14 @@
 //!
 //! Latencies come from Little's law: the time that requests spent in progress, summed over all of
 //! them, divided by how many ended. That costs two counters, not a clock for each request.
+//!
+//! A node that gives data to the recovery of another one does so at the same pace ([`Pacer::give`]):
+//! its volumes feel it as much, and the recovering node, which may have none, cannot know.
 
 use crate::cluster::lock;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// Latency during steps, by the latency during pauses, above which pauses get longer.
@@ -27,6 +31,15 @@ const MIN_PAUSE: f64 = 0.2;
 const MAX_SLEEP: Duration = Duration::from_secs(2);
 /// Requests that make a measurement.
 const SAMPLE: u64 = 8;
+/// Clients without a request for so long are not busy.
+const CALM: Duration = Duration::from_millis(200);
+/// What a node gives keeps the one that gets it busy for some time, which volumes feel too, since they write to
+/// both: as long as the giving, so many times, belongs to the step.
+const SETTLING: u32 = 3;
+/// At most so long.
+const MAX_SETTLING: Duration = Duration::from_millis(100);
+/// Longest that a node which asks for data is kept waiting; it gives up after a few times that.
+const MAX_WAIT: Duration = Duration::from_secs(2);
 
 /// What the clients of this node have experienced since its start.
 #[derive(Debug, Default)]
@@ -78,6 +91,8 @@ struct State {
     running: u32,
     /// What clients had experienced when `running` last became 0 or 1.
     seen: (u64, u64),
+    /// When clients were last known to be busy.
+    busy_at: Option<Instant>,
     during_steps: Latency,
     during_pauses: Latency,
     pause: f64,
@@ -98,6 +113,7 @@ impl Pacer {
         let state = State {
             running: 0,
             seen: clients.read(),
+            busy_at: None,
             during_steps: Latency::default(),
             during_pauses: Latency::default(),
             pause: MIN_PAUSE,
@@ -109,12 +125,20 @@ impl Pacer {
     /// How long to wait before the next step may be asked for again; `None` when it begins now, and
     /// [`Pacer::end`] has to follow.
     pub fn begin(&self, now: Instant) -> Option<Duration> {
+        self.begin_by(now, None)
+    }
+
+    /// The same, but the pause ends at `latest`.
+    fn begin_by(&self, now: Instant, latest: Option<Instant>) -> Option<Duration> {
         let mut state = lock(&self.state);
-        if now < state.resume_at {
-            return Some(state.resume_at - now);
+        let resume_at = latest.map_or(state.resume_at, |latest| latest.min(state.resume_at));
+        if now < resume_at {
+            return Some(resume_at - now);
         }
+        let clients = self.clients.read();
+        state.look(now, clients);
         if state.running == 0 {
-            let (busy, ended) = state.since(self.clients.read());
+            let (busy, ended) = state.since(clients);
             let _ = state.during_pauses.add(busy, ended);
         }
         state.running += 1;
@@ -126,17 +150,36 @@ impl Pacer {
         let mut state = lock(&self.state);
         state.running -= 1;
         let clients = self.clients.read();
-        let idle = clients == state.seen;
+        state.look(now, clients);
         if state.running == 0 {
             let (busy, ended) = state.since(clients);
             if state.during_steps.add(busy, ended) {
                 state.adapt();
             }
         }
-        if !idle {
+        if state.is_busy(now) {
             let pause = time.mul_f64(state.pause).min(MAX_SLEEP);
             state.resume_at = state.resume_at.max(now) + pause;
         }
+    }
+
+    /// Gives data to the recovery of another node, which asked for it at `asked`: blocks the calling
+    /// thread for the pauses before and what belongs to the step after.
+    pub fn give(&self, asked: Instant, step: impl FnOnce()) {
+        while let Some(pause) = self.begin_by(Instant::now(), Some(asked + MAX_WAIT)) {
+            thread::sleep(pause);
+        }
+        let began = Instant::now();
+        step();
+        thread::sleep(self.settling(Instant::now(), began.elapsed()));
+        self.end(Instant::now(), began.elapsed());
+    }
+
+    /// How long the step of a node that gave for `time` goes on.
+    fn settling(&self, now: Instant, time: Duration) -> Duration {
+        let mut state = lock(&self.state);
+        state.look(now, self.clients.read());
+        if state.is_busy(now) { (time * SETTLING).min(MAX_SETTLING) } else { Duration::ZERO }
     }
 }
 
@@ -145,6 +188,16 @@ impl State {
     fn since(&mut self, clients: (u64, u64)) -> (u64, u64) {
         let before = std::mem::replace(&mut self.seen, clients);
         (clients.0.saturating_sub(before.0), clients.1.saturating_sub(before.1))
+    }
+
+    fn look(&mut self, now: Instant, clients: (u64, u64)) {
+        if clients != self.seen {
+            self.busy_at = Some(now);
+        }
+    }
+
+    fn is_busy(&self, now: Instant) -> bool {
+        self.busy_at.is_some_and(|at| now.saturating_duration_since(at) < CALM)
     }
 
     fn adapt(&mut self) {
@@ -203,5 +256,31 @@ mod tests {
             assert_eq!(pacer.begin(now), None);
             pacer.end(now, Duration::from_secs(1));
         }
+    }
+
+    #[test]
+    fn whoever_asks_does_not_wait_for_ever() {
+        let clients = Arc::new(Clients::default());
+        let pacer = Pacer::new(Arc::clone(&clients));
+        let asked = Instant::now();
+        lock(&pacer.state).resume_at = asked + 10 * MAX_WAIT;
+        assert_eq!(pacer.begin(asked), Some(10 * MAX_WAIT));
+        assert_eq!(pacer.begin_by(asked, Some(asked + MAX_WAIT)), Some(MAX_WAIT));
+        assert_eq!(pacer.begin_by(asked + MAX_WAIT, Some(asked + MAX_WAIT)), None);
+    }
+
+    #[test]
+    fn what_was_given_is_felt_for_longer_if_anybody_is_there() {
+        let clients = Arc::new(Clients::default());
+        let pacer = Pacer::new(Arc::clone(&clients));
+        let (now, time) = (Instant::now(), Duration::from_millis(2));
+        assert_eq!(pacer.settling(now, time), Duration::ZERO);
+        clients.note(1, Duration::from_millis(1), 1);
+        assert_eq!(pacer.settling(now, time), SETTLING * time);
+        assert_eq!(pacer.settling(now, MAX_SETTLING), MAX_SETTLING);
+        // A slow request that ends in none of the steps still counts.
+        assert_eq!(pacer.begin(now), None);
+        assert_eq!(pacer.settling(now + CALM / 2, time), SETTLING * time);
+        assert_eq!(pacer.settling(now + CALM, time), Duration::ZERO);
     }
 }

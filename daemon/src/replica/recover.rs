@@ -8,7 +8,7 @@ use sheepdog_cluster::message::{Failure, Reply, Request, Run, Span, frame_bytes}
 use sheepdog_store::{
     BlockRange, BlockRun, BlockState, LayerImage, LayerPatch, LayerSums, WriteError,
 };
-use sheepdog_types::{DiskId, Epoch, LayerKey, Version};
+use sheepdog_types::{DiskId, Epoch, LayerKey, Version, WriterGen};
 use std::ops::AddAssign;
 use std::time::Duration;
 
@@ -58,6 +58,8 @@ impl AddAssign for Moved {
 struct Terms {
     epoch: Epoch,
     right: Right,
+    /// Who waits for it; 0 when nobody does.
+    writer: WriterGen,
     /// Nothing but the target version will do.
     exact: bool,
 }
@@ -91,7 +93,7 @@ enum Placed {
 
 impl Replica {
     /// Makes a layer equal to another disk's, if it still is at the expected version here and the
-    /// epoch has not ended. A gateway's call has a `ticket` that a later call makes void, and wants
+    /// epoch has not ended. A gateway's call has a ticket that a later call makes void, its writer, and wants
     /// exactly the target version; without one, a newer version is as good. No layer is counted as
     /// moved when it went on meanwhile.
     ///
@@ -102,17 +104,15 @@ impl Replica {
         disk: &Disk,
         copy: Copy,
         epoch: Epoch,
-        ticket: Option<u64>,
+        gateway: Option<(u64, WriterGen)>,
     ) -> Result<Moved, Failure> {
-        if let Some(ticket) = ticket {
-            return self.bring(
-                disk,
-                copy,
-                Terms { epoch, right: Right::Ticket(ticket), exact: true },
-            );
+        if let Some((ticket, writer)) = gateway {
+            let right = Right::Ticket(ticket);
+            return self.bring(disk, copy, Terms { epoch, right, writer, exact: true });
         }
         let own = self.copies.begin(disk.id, copy.key);
-        self.bring(disk, copy, Terms { epoch, right: own.right(), exact: false })
+        let (right, writer) = (own.right(), WriterGen(0));
+        self.bring(disk, copy, Terms { epoch, right, writer, exact: false })
     }
 
     /// Replaces what is damaged of a layer by what disk `from` holds at the same `version`. All that
@@ -131,7 +131,8 @@ impl Replica {
     ) -> Result<Moved, Failure> {
         let copy = Copy { key, expect: version, from, target: version };
         let own = self.copies.begin(disk.id, key);
-        self.bring(disk, copy, Terms { epoch, right: own.right(), exact: true })
+        let (right, writer) = (own.right(), WriterGen(0));
+        self.bring(disk, copy, Terms { epoch, right, writer, exact: true })
     }
 
     fn bring(&self, disk: &Disk, copy: Copy, terms: Terms) -> Result<Moved, Failure> {
@@ -224,7 +225,7 @@ impl Replica {
         moved: &mut Moved,
     ) -> Result<Option<Change>, Failure> {
         let Copy { key, expect, from, .. } = *copy;
-        let answer = self.ask(from, terms.epoch, &Request::Sums { key }, moved)?;
+        let answer = self.ask(from, terms, &Request::Sums { key }, moved)?;
         let Reply::Sums { version, runs, crcs } = answer.reply else {
             return Err(no_source(copy, &answer.reply));
         };
@@ -253,7 +254,7 @@ impl Replica {
         let span = |range: &BlockRange| Span { first: range.first(), count: range.count() };
         let spans = blocks.iter().map(span).collect();
         let request = Request::FetchBlocks { key, version, spans };
-        let answer = self.ask(from, terms.epoch, &request, moved)?;
+        let answer = self.ask(from, terms, &request, moved)?;
         match answer.reply {
             Reply::Data { .. } => {
                 Ok(Some(Change::Patch(LayerPatch { sums, blocks, data: answer.data })))
@@ -269,7 +270,7 @@ impl Replica {
         terms: Terms,
         moved: &mut Moved,
     ) -> Result<Change, Failure> {
-        let answer = self.ask(copy.from, terms.epoch, &Request::Fetch { key: copy.key }, moved)?;
+        let answer = self.ask(copy.from, terms, &Request::Fetch { key: copy.key }, moved)?;
         let Reply::Image { version, runs } = answer.reply else {
             return Err(no_source(copy, &answer.reply));
         };
@@ -284,13 +285,13 @@ impl Replica {
     fn ask(
         &self,
         from: DiskId,
-        epoch: Epoch,
+        terms: Terms,
         request: &Request,
         moved: &mut Moved,
     ) -> Result<Answer, Failure> {
         for _ in 0..ASK_TRIES {
             let view = self.cluster.view();
-            if view.epoch != epoch {
+            if view.epoch != terms.epoch {
                 return Err(Failure::Source);
             }
             let node = view.node_of(from).ok_or(Failure::Source)?;
@@ -298,7 +299,8 @@ impl Replica {
                 give::layer(&*self.disk(from).ok_or(Failure::Source)?, request)
             } else {
                 let peers = lock(&self.peers).upgrade().ok_or(Failure::Source)?;
-                peers.ask(&view, from, request.clone()).map_err(|_| Failure::Source)?
+                let answer = peers.ask_for(terms.writer, &view, from, request.clone());
+                answer.map_err(|_| Failure::Source)?
             };
             moved.blocks += answer.crcs.len() as u64;
             moved.bytes += frame_bytes(&answer.reply) as u64;

@@ -137,7 +137,7 @@ impl Bench {
         }
         let (expect, target) = (version(expect), version(target));
         let copy = Copy { key: key(0), expect, from: THERE, target };
-        replica.recover(&self.disk(HERE), copy, self.epoch(), Some(ticket))
+        replica.recover(&self.disk(HERE), copy, self.epoch(), Some((ticket, WriterGen(1))))
     }
 
     #[track_caller]
