@@ -257,7 +257,11 @@ pub async fn forget_disk(node: &Arc<Node>, id: DiskId) {
 /// Closes a disk, waiting for what still uses it. Blocks.
 pub fn close(node: &Node, id: DiskId) {
     let Some(mut disk) = node.close_disk(id) else { return };
+    node.recoveries.forget(id);
     node.cluster.nudge(); // its recovery ends
+    if let Err(error) = disk.store.flush_wait() {
+        tracing::error!(disk = %id, %error, "the last flush failed");
+    }
     let begin = Instant::now();
     while begin.elapsed() < CLOSE {
         match Arc::try_unwrap(disk) {

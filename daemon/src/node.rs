@@ -587,10 +587,13 @@ impl Node {
         self.cluster.lease.drop_now();
         self.peers.stop();
         self.log.shutdown().await;
-        for disk in self.replica.disks() {
-            if let Err(error) = disk.store.flush_wait() {
-                tracing::error!(disk = %disk.id, %error, "the last flush failed");
-            }
+        let node = Arc::clone(self);
+        let close_all = move || {
+            let disks: Vec<DiskId> = node.replica.disks().iter().map(|disk| disk.id).collect();
+            disks.into_iter().for_each(|disk| crate::membership::close(&node, disk));
+        };
+        if let Err(error) = tokio::task::spawn_blocking(close_all).await {
+            tracing::error!(%error, "the disks were not closed");
         }
         tracing::info!("stopped");
     }

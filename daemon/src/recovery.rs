@@ -167,6 +167,11 @@ impl Recoveries {
         entries.into_iter().map(describe).collect()
     }
 
+    /// Lets go of a disk.
+    pub fn forget(&self, disk: DiskId) {
+        lock(&self.disks).remove(&disk);
+    }
+
     /// Why a disk was taken out of service although it works, if it was.
     #[must_use]
     pub fn out_of_service(&self, disk: DiskId) -> Option<String> {
