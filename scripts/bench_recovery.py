@@ -536,7 +536,7 @@ def main():
     if o.json != "-":
         print("\n".join(lines))
     if o.write:
-        write_document(o.root / "docs/performance.md", lines, MARKERS, "Recovery")
+        write_document(o.root / "docs/performance.md", lines, MARKERS, "Nodes that die, return and recover")
 
 
 if __name__ == "__main__":
