@@ -495,7 +495,7 @@ def machine(o, names, load):
         f"{first_line('fio', '--version')}; commit {commit}, {datetime.date.today()}; load average before the run {load:.1f}{busy}.",
         "",
         f"Command: `{' '.join(['scripts/bench recovery', *arguments])}`. Clients and all nodes share the machine. Medians (in brackets "
-        f"the extremes) of {o.rounds} round{'s' * (o.rounds > 1)}; fio runs {o.seconds:g} s; seed {o.seed}.",
+        f"the extremes) of {o.rounds} round{'s' * (o.rounds > 1)}, of the case changed one; fio runs {o.seconds:g} s; seed {o.seed}.",
         "",
     ]
 
@@ -536,7 +536,7 @@ def main():
     if o.json != "-":
         print("\n".join(lines))
     if o.write:
-        write_document(o.root / "docs/performance.md", lines, MARKERS, "Recovery")
+        write_document(o.root / "docs/performance.md", lines, MARKERS, "Nodes that die, return and recover")
 
 
 if __name__ == "__main__":
