@@ -203,7 +203,8 @@ pub struct Call {
     pub epoch: Epoch,
     /// The disk asked.
     pub disk: DiskId,
-    /// Writer generation of the caller; 0 from a replica that recovers.
+    /// Writer generation of the caller, or of the gateway that waits for a copy; 0 from a disk that
+    /// recovers in the background.
     pub writer: WriterGen,
     /// What is asked.
     pub request: Request,
