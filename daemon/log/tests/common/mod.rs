@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use sheepdog_log::{
-    BoxFuture, ClusterLog, LogStatus, OpenError, Options, RaftLog, StateMachine, Transport,
-    TransportError,
+    BoxFuture, ClusterLog, LogStatus, OpenError, Options, ProposeError, RaftLog, StateMachine,
+    Transport, TransportError,
 };
 use tempfile::TempDir;
 
@@ -160,11 +160,12 @@ pub struct Cluster {
     pub nodes: BTreeMap<u64, Node>,
 }
 
-/// Fast enough for tests, slow enough for a busy machine.
+/// Many clusters run at once, on a machine that may be busy with other things: no leader is to be
+/// deposed for that.
 pub fn options() -> Options {
     Options {
-        heartbeat: Duration::from_millis(50),
-        election_timeout: (Duration::from_millis(300), Duration::from_millis(600)),
+        heartbeat: Duration::from_millis(100),
+        election_timeout: (Duration::from_millis(1000), Duration::from_millis(2000)),
         propose_timeout: Duration::from_secs(20),
         ..Options::default()
     }
@@ -237,6 +238,18 @@ impl Cluster {
         let addr = self.nodes[&id].addr.clone();
         let via = self.nodes[&via].log();
         via.add_member(id, addr).await.unwrap();
+    }
+
+    /// Removes a member; again while a leader that is deposed on the way, as it may be itself, says
+    /// that it does not know what came of it.
+    pub async fn remove(&self, id: u64, via: u64) {
+        loop {
+            match self.log(via).remove_member(id).await {
+                Ok(()) => return,
+                Err(ProposeError::Unknown(_) | ProposeError::NotCommitted(_)) => {}
+                Err(error) => panic!("{error}"),
+            }
+        }
     }
 
     /// Stops node `id`; its address then refuses connections.
