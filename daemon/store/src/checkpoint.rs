@@ -239,8 +239,11 @@ impl Engine {
     fn make_room(&self, staged: &[Staged]) -> io::Result<()> {
         let slabs = staged.iter().filter_map(|layer| layer.frozen.slab).map(|slab| slab.slab + 1);
         let needed = slabs.max().unwrap_or(0);
-        let mut log = lock(&self.log);
-        if needed > log.slabs.room { self.grow(&mut log, needed) } else { Ok(()) }
+        if needed > lock(&self.log).slabs.room {
+            self.extend_tables(needed)?; // writers go on meanwhile
+            lock(&self.log).slabs.note_room(needed);
+        }
+        Ok(())
     }
 
     /// Gives back what the layer left, unless another layer still needs it.

@@ -230,21 +230,22 @@ impl Engine {
         }
         let lowest = log.slabs.lowest();
         let room = lowest.checked_add(GROW_SLABS).ok_or(WriteError::NoSpace)?;
-        let grown = self.grow(log, room);
+        let grown = self.extend_tables(room);
         let what = "cannot extend the store's tables";
         match grown.map_err(|error| self.no_space_or_failed(what, &error)) {
             Err(WriteError::NoSpace) if privileged => {}
-            other => other?,
+            other => {
+                other?;
+                log.slabs.note_room(room);
+            }
         }
         log.slabs.take_this(lowest).ok_or(WriteError::NoSpace)
     }
 
     /// Makes room in `index` and `sums` for `slabs` slabs.
-    pub(crate) fn grow(&self, log: &mut LogState, slabs: u32) -> io::Result<()> {
+    pub(crate) fn extend_tables(&self, slabs: u32) -> io::Result<()> {
         self.files.index.allocate(index_offset(slabs, 0))?;
-        self.files.sums.allocate(sums_offset(slabs, 0))?;
-        log.slabs.room = slabs;
-        Ok(())
+        self.files.sums.allocate(sums_offset(slabs, 0))
     }
 
     fn no_space_or_failed(&self, what: &str, error: &io::Error) -> WriteError {

@@ -133,6 +133,11 @@ pub(crate) struct Slabs {
 }
 
 impl Slabs {
+    /// `index` and `sums` have room for at least so many slabs now.
+    pub(crate) fn note_room(&mut self, slabs: u32) {
+        self.room = self.room.max(slabs);
+    }
+
     /// The number of the lowest free slab.
     pub(crate) fn lowest(&self) -> u32 {
         self.free.first_key_value().map_or(self.next, |(slab, _)| *slab)
