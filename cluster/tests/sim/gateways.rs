@@ -85,6 +85,7 @@ impl World {
             view_at: self.nodes[node].applied,
             deaf_until: 0,
             held: Vec::new(),
+            detached: false,
             forbidden: BTreeSet::new(),
             spread: BTreeMap::new(),
         });
@@ -110,6 +111,7 @@ impl World {
         }
         // Its devices are gone before the log hears of it.
         self.volumes[at].active = None;
+        self.instances[active].detached = true;
         self.propose(node, Command::Detach { volume, writer });
         self.after_change();
         true

@@ -148,7 +148,8 @@ impl World {
         let range = self.volumes[volume].guest.random_range(&mut self.rng);
         let tag = ZOMBIE + self.volumes[volume].guest.tag();
         let (offset, len) = (range.start, range.end - range.start);
-        let op = if self.rng.chance(500) {
+        let reads = self.rng.chance(500);
+        let op = if reads && !self.instances[at].detached {
             Op::Read { offset, len: len as u32 }
         } else {
             Op::Write { offset, data: vec![0xFE; len as usize], fua: false }

@@ -62,9 +62,21 @@ impl World {
             build_view(state, self.log.views.last(), moved)
         };
         self.log.views.push(view);
+        if self.log.views.len().is_multiple_of(256) {
+            self.forget_views();
+        }
         self.log.costs.push((moved, started.elapsed()));
         note!(self, "epoch {}: {text}", self.log.state.epoch);
         answer
+    }
+
+    /// Lets go of views that everybody is past: a thousand nodes make thousands of large ones.
+    fn forget_views(&mut self) {
+        let nodes = self.nodes.iter().map(|node| node.applied);
+        let gateways = self.instances.iter().map(|instance| instance.view_at);
+        let oldest = nodes.chain(gateways).min().unwrap_or(0);
+        let keep = Arc::clone(&self.log.views[oldest]);
+        self.log.views[..oldest].fill(keep);
     }
 
     /// Sends a command to the leader. It may get lost, and it may come twice.

@@ -158,6 +158,9 @@ pub struct Instance {
     pub deaf_until: Time,
     /// Requests that wait for the lease.
     pub held: Vec<(Op, u64)>,
+    /// It gave the volume back and has no guest any more: it knows some objects as never written, and would
+    /// answer reads of them without asking anybody.
+    pub detached: bool,
     /// Requests of a zombie's guest that began after another gateway served.
     pub forbidden: BTreeSet<u64>,
     /// The gateway that acknowledges too early: who had which write.

@@ -1,14 +1,19 @@
 //! One process at a time: an advisory lock on a file that names its holder.
 
 use std::fs::{File, OpenOptions};
-use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
 use crate::error::OpenError;
+
+/// How long the lock of a process that has ended is waited for, and how often it is tried.
+const PATIENCE: Duration = Duration::from_secs(5);
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// Holds a store's directory; released when dropped, or when the process dies.
 #[derive(Debug)]
@@ -27,19 +32,41 @@ impl LockFile {
             .truncate(false)
             .open(dir.join("lock"))
             .map_err(io())?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(Errno::WOULDBLOCK) => {
-                let mut holder = String::new();
-                // The number is a help for people; without it the answer is still right.
-                let _ = (&file).take(16).read_to_string(&mut holder);
-                return Err(OpenError::Locked { dir: dir.into(), pid: holder.trim().parse().ok() });
+        let begin = Instant::now();
+        loop {
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => break,
+                Err(Errno::WOULDBLOCK) => {
+                    let pid = holder(&file);
+                    // The kernel closes the files of a process that had an I/O ring some time after its end.
+                    if begin.elapsed() > PATIENCE || pid.is_none_or(is_there) {
+                        return Err(OpenError::Locked { dir: dir.into(), pid });
+                    }
+                    thread::sleep(PAUSE);
+                }
+                Err(error) => return Err(io()(error.into())),
             }
-            Err(error) => return Err(io()(error.into())),
         }
         // In place and of one length, so that a store on a full disk can be opened. The number is
         // a help for people; without it the lock holds too.
         let _ = file.write_all_at(format!("{:<10}\n", std::process::id()).as_bytes(), 0);
         Ok(Self { _file: file })
+    }
+}
+
+/// The process that took the lock last. A help for people: without it the lock holds too.
+fn holder(file: &File) -> Option<u32> {
+    let mut bytes = [0; 16];
+    let len = file.read_at(&mut bytes, 0).ok()?;
+    std::str::from_utf8(&bytes[..len]).ok()?.trim().parse().ok()
+}
+
+/// Whether there is such a process that has not ended.
+fn is_there(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
+    let state = |text: String| text.rsplit(')').next().and_then(|rest| rest.trim().chars().next());
+    match stat {
+        Ok(text) => state(text) != Some('Z'),
+        Err(error) => error.kind() != std::io::ErrorKind::NotFound,
     }
 }
