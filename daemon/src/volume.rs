@@ -244,9 +244,16 @@ impl VolumeDevice {
     /// Passes requests on while this node may serve, and keeps them until it may.
     fn take_held(&self, inner: &mut Inner) {
         let fenced = inner.gateway.phase() == Phase::Fenced;
-        if inner.held.is_empty() || !(fenced || self.cluster.may_serve(&self.cluster.view())) {
+        if inner.held.is_empty() {
             return;
         }
+        let view = self.cluster.view();
+        if !(fenced || self.cluster.may_serve(&view)) {
+            return;
+        }
+        // The right to serve is that of this view. A gateway that has not heard of it yet may answer
+        // from what was before, when another gateway has had the volume since (I1).
+        inner.gateway.handle_view(view);
         for request in inner.held.drain(..) {
             inner.gateway.handle_request(request.op, request.token);
         }

@@ -15,6 +15,8 @@ const DEPTH: usize = 8;
 const FLUSH_EVERY: u64 = 16;
 /// Rounds of writes before all that was ever written is read.
 const VERIFY_EVERY: u64 = 500;
+/// The server is stopping, in NBD's numbers.
+const ESHUTDOWN: u32 = 108;
 /// Nothing may take longer: a node that comes and goes all the time may have to wait for a minute or two.
 const LIMIT: Duration = PATIENCE.saturating_mul(8);
 /// The error number of a full disk.
@@ -248,6 +250,9 @@ impl Work {
             let index = in_flight.iter().position(|h| *h == handle);
             let index = index.unwrap_or_else(|| panic!("a reply to no request: {handle}"));
             in_flight.swap_remove(index);
+            if result == Err(ESHUTDOWN) {
+                return Err(NbdError::Refused(ESHUTDOWN)); // not carried out: asked again elsewhere
+            }
             self.judge(left.swap_remove(index), result);
         }
         Ok(())

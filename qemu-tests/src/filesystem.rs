@@ -44,7 +44,8 @@ pub fn inside(name: &str) -> bool {
     }
     let this = std::env::current_exe().unwrap_or_else(|e| panic!("no name of this program: {e}"));
     let mut again = command("unshare");
-    again.args(mounts).arg(this).args(["--exact", name, "--nocapture"]).env(INSIDE, name);
+    again.args(mounts).arg(this);
+    again.args(["--exact", name, "--nocapture", "--include-ignored"]).env(INSIDE, name);
     let status = again.status().unwrap_or_else(|e| panic!("unshare: {e}"));
     assert!(status.success(), "{name} failed: see above");
     false
