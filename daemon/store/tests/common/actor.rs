@@ -179,7 +179,9 @@ impl<'a, R: FnMut(Record)> Actor<'a, R> {
             }
             Ok(()) => self.tell(Event::Done),
             Err(WriteError::NoSpace) => self.tell(Event::Refused),
-            Err(error @ WriteError::Failed(_)) => return Err(Stopped(error.to_string())),
+            Err(error @ (WriteError::Failed(_) | WriteError::Damaged { .. })) => {
+                return Err(Stopped(error.to_string()));
+            }
             Err(error) => panic!("a right request was refused: {error}"),
         }
         Ok(result.is_ok())
