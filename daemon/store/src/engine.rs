@@ -176,11 +176,15 @@ impl Engine {
         if fits() {
             return Ok(());
         }
-        // Others may have freed space, or the file system may have grown.
+        self.look_for_space();
+        if fits() { Ok(()) } else { Err(WriteError::NoSpace) }
+    }
+
+    /// Others may have freed space or taken it, or the file system may have grown.
+    fn look_for_space(&self) {
         if lock(&self.stuck).is_none() {
             self.update_limit(self.applied_blocks.load(SeqCst));
         }
-        if fits() { Ok(()) } else { Err(WriteError::NoSpace) }
     }
 
     /// The log, locked, with room for what is needed, after `check` said yes under that lock.
@@ -613,6 +617,7 @@ impl Engine {
     }
 
     pub(crate) fn usage(&self) -> Usage {
+        self.look_for_space();
         let block = BLOCK_SIZE as u64;
         Usage {
             capacity: self.limit.load(SeqCst).max(self.table.used.load(SeqCst)) * block,

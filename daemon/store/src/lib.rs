@@ -407,7 +407,7 @@ impl Store {
         self.engine.failed.get().cloned()
     }
 
-    /// Space on the disk, as of the last checkpoint where the file system decides.
+    /// Space on the disk. Without a given capacity it is what the file system offers now.
     #[must_use]
     pub fn usage(&self) -> Usage {
         self.engine.usage()

@@ -86,7 +86,11 @@ fn i11_space_that_somebody_else_frees_is_used() {
             bench.actor(&store, 0).write(first_of(0), 1, 64).unwrap(),
             Some(WriteError::NoSpace)
         );
+        let full = store.usage();
         bench.hog.release();
+        // Also without a write that asks for it.
+        let free = store.usage();
+        assert!(full.capacity < 16 << 20 && free.capacity > 64 << 20, "{full:?}, then {free:?}");
         write_when_there_is_space(&mut bench.actor(&store, 0), first_of(0));
         bench.check(&store);
     });
