@@ -247,18 +247,6 @@ impl View {
         self.ring.place(slot, copies)
     }
 
-    /// The disks that will hold `slot`'s data once a move under way is over, up or not.
-    #[must_use]
-    pub fn next_home(&self, slot: SlotId, copies: usize) -> Disks {
-        self.next.as_ref().unwrap_or(&self.ring).place(slot, copies)
-    }
-
-    /// Whether data are being moved to another placement.
-    #[must_use]
-    pub fn is_moving(&self) -> bool {
-        self.next.is_some()
-    }
-
     /// Whether a disk is on the ring, or about to be.
     #[must_use]
     pub fn on_ring(&self, disk: DiskId) -> bool {

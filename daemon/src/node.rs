@@ -510,13 +510,6 @@ impl Node {
         }
     }
 
-    /// The weight with which a disk was announced.
-    #[must_use]
-    pub fn weight_of(&self, disk: DiskId) -> Option<u64> {
-        let id = disk.to_string();
-        self.identity().disks.iter().find(|d| d.id == id).map(|d| d.weight)
-    }
-
     /// Who it is. Do not hold it across an await.
     pub fn identity(&self) -> MutexGuard<'_, Identity> {
         lock(&self.identity)

@@ -7,7 +7,7 @@ use crate::cluster::lock;
 use crate::node::{Node, now};
 use crate::replica::{Copy, Disk, Later, Moved};
 pub use pacer::{Clients, Pacer};
-use sheepdog_cluster::command::{Command, DiskInfo};
+use sheepdog_cluster::command::Command;
 use sheepdog_cluster::message::{Call, Failure, Reply};
 use sheepdog_cluster::recovery::{Action, Effect, Local, Progress, Recovery, Stage};
 use sheepdog_cluster::view::View;
@@ -178,14 +178,6 @@ impl Recoveries {
         let entry = lock(&self.disks).get(&disk).cloned()?;
         let full = lock(&entry.meter).full;
         full.then(|| FULL.to_owned())
-    }
-
-    /// Compares the disks that count as complete with their peers.
-    pub fn check(&self) {
-        for entry in lock(&self.disks).values() {
-            lock(&entry.machine).check();
-            entry.wake.notify_one();
-        }
     }
 }
 
@@ -432,11 +424,8 @@ async fn mind_space(node: &Arc<Node>, entry: &Arc<Entry>, view: &View) -> Result
         if free < LEAST_ROOM.max(usage.capacity / ROOM) {
             return Ok(());
         }
-        let weight = node.weight_of(id).unwrap_or(1);
-        let disk = DiskInfo { id, weight };
-        let command = Command::DiskUp { node: node.cluster.node, incarnation, disk, at: now() };
-        node.propose(&command).await?.map_err(|refusal| refusal.to_string())?;
-        tracing::info!(disk = %id, "the disk has room again and is back in service");
+        lock(&entry.meter).full = false; // `membership` brings back what is down without a reason
+        tracing::info!(disk = %id, "the disk has room again and goes back into service");
     }
     Ok(())
 }
