@@ -207,16 +207,10 @@ impl Leader {
         }
     }
 
-    /// Declares down who has no lease, and tells the log which nodes may vote.
+    /// Declares down who has no lease.
     pub async fn tend(&self, node: &Node) {
         for (id, incarnation, reason) in self.expired(node) {
             declare_down(node, id, incarnation, &reason).await;
-        }
-        if node.log.status().is_leader {
-            let view = node.cluster.view();
-            let up: Vec<u64> =
-                view.nodes.iter().filter(|(_, n)| n.up).map(|(id, _)| id.0).collect();
-            node.log.reconcile_members(&up);
         }
         self.look_back(node).await;
     }

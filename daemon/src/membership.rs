@@ -36,21 +36,32 @@ const STORE_FILES: [&str; 6] = ["superblock", "index", "data", "sums", "log", "l
 
 /// What the leader does until the node stops.
 pub async fn lead(node: Arc<Node>) {
-    let mut absent = Absent::default();
+    let (mut disks, mut nodes) = (Absent::default(), Absent::default());
+    let mut refused: Option<Instant> = None;
     loop {
         sleep(LEAD_EVERY).await;
         if !node.log.is_confirmed_leader() {
-            absent = Absent::default();
+            (disks, nodes, refused) = (Absent::default(), Absent::default(), None);
             continue;
         }
-        let due = absent.due(&node.cluster.state(), Instant::now());
-        if !due.is_empty() {
+        let now = Instant::now();
+        let (due, gone, up) = {
+            let state = node.cluster.state();
+            let interval = state.settings.down_out_interval;
+            let due = disks.due(absent_disks(&state), interval, now);
+            let down = state.nodes.iter().filter(|(_, n)| !n.up).map(|(id, _)| id.0);
+            let gone = nodes.due(down, interval, now);
+            let up = state.nodes.iter().filter(|(_, n)| n.up).map(|(id, _)| id.0);
+            (due, gone, up.collect::<Vec<_>>())
+        };
+        node.log.reconcile_members(&up, &gone);
+        if !due.is_empty() && refused.is_none_or(|at| at.elapsed() >= REFUSED_FOR) {
             tracing::warn!(?due, "disks stayed down for long; others take their place");
-            match node.propose(&Command::Out { disks: due, at: now() }).await {
+            match node.propose(&Command::Out { disks: due, at: self::now() }).await {
                 Ok(Ok(_)) => {}
                 Ok(Err(refusal)) => {
                     tracing::warn!(%refusal, "nobody can take their place now");
-                    absent.refused = Some(Instant::now());
+                    refused = Some(Instant::now());
                 }
                 Err(error) => tracing::warn!(error, "nobody takes their place yet"),
             }
@@ -59,27 +70,31 @@ pub async fn lead(node: Arc<Node>) {
     }
 }
 
-/// Since when the leader has seen disks down that are not out. A new leader begins anew.
-#[derive(Debug, Default)]
-struct Absent {
-    since: BTreeMap<DiskId, Instant>,
-    refused: Option<Instant>,
+/// The disks that are down and whose place nobody has taken.
+fn absent_disks(state: &ClusterState) -> impl Iterator<Item = DiskId> {
+    let waits =
+        |(id, disk): &(&DiskId, &sheepdog_cluster::state::Disk)| !state.disk_up(**id) && !disk.out;
+    state.disks.iter().filter(waits).map(|(id, _)| *id)
 }
 
-impl Absent {
-    /// The disks whose place others have to take.
-    fn due(&mut self, state: &ClusterState, now: Instant) -> Vec<DiskId> {
-        let down = |id: &DiskId| !state.disk_up(*id) && !state.disks.get(id).is_none_or(|d| d.out);
-        self.since.retain(|id, _| down(id));
-        for id in state.disks.keys().filter(|id| down(id)) {
-            self.since.entry(*id).or_insert(now);
-        }
-        let interval = Duration::from_secs(state.settings.down_out_interval);
-        let passed = |since: Instant| now.saturating_duration_since(since);
-        if interval.is_zero() || self.refused.is_some_and(|at| passed(at) < REFUSED_FOR) {
-            return Vec::new();
-        }
-        let due = self.since.iter().filter(|(_, since)| passed(**since) >= interval);
+/// Since when the leader has seen each of them down. A new leader begins anew.
+#[derive(Debug)]
+struct Absent<T>(BTreeMap<T, Instant>);
+
+impl<T> Default for Absent<T> {
+    fn default() -> Self {
+        Self(BTreeMap::new())
+    }
+}
+
+impl<T: Ord + Copy> Absent<T> {
+    /// Those of `down` that have been so for `interval` seconds; 0 is never.
+    fn due(&mut self, down: impl Iterator<Item = T>, interval: u64, now: Instant) -> Vec<T> {
+        let seen = std::mem::take(&mut self.0);
+        self.0 = down.map(|id| (id, seen.get(&id).copied().unwrap_or(now))).collect();
+        let interval = Duration::from_secs(interval);
+        let passed = |since: Instant| now.saturating_duration_since(since) >= interval;
+        let due = self.0.iter().filter(|(_, since)| !interval.is_zero() && passed(**since));
         due.map(|(id, _)| *id).collect()
     }
 }
@@ -344,34 +359,34 @@ mod tests {
     fn a_disk_is_due_only_after_the_whole_interval() {
         let mut state = cluster();
         let (mut absent, begin) = (Absent::default(), Instant::now());
-        let after = |seconds| begin + Duration::from_secs(seconds);
-        assert!(absent.due(&state, after(0)).is_empty());
+        let mut due = |state: &ClusterState, seconds| {
+            let now = begin + Duration::from_secs(seconds);
+            absent.due(absent_disks(state), state.settings.down_out_interval, now)
+        };
+        assert!(due(&state, 0).is_empty());
         down(&mut state, 2, 1);
-        assert!(absent.due(&state, after(1000)).is_empty(), "seen down for the first time");
-        assert!(absent.due(&state, after(1599)).is_empty());
-        assert_eq!(absent.due(&state, after(1600)), [DiskId(102)]);
-        absent.refused = Some(after(1600));
-        assert!(absent.due(&state, after(1629)).is_empty());
-        assert_eq!(absent.due(&state, after(1630)), [DiskId(102)]);
+        assert!(due(&state, 1000).is_empty(), "seen down for the first time");
+        assert!(due(&state, 1599).is_empty());
+        assert_eq!(due(&state, 1600), [DiskId(102)]);
+        assert_eq!(due(&state, 1630), [DiskId(102)], "as long as nobody took its place");
         // It came back in between: the time begins anew.
         enter(&mut state, 2, 2);
-        assert!(absent.due(&state, after(1700)).is_empty());
+        assert!(due(&state, 1700).is_empty());
         down(&mut state, 2, 2);
-        assert!(absent.due(&state, after(1701)).is_empty());
-        assert!(absent.due(&state, after(2300)).is_empty());
-        assert_eq!(absent.due(&state, after(2301)), [DiskId(102)]);
+        assert!(due(&state, 1701).is_empty());
+        assert!(due(&state, 2300).is_empty());
+        assert_eq!(due(&state, 2301), [DiskId(102)]);
         state.apply(Command::Out { disks: vec![DiskId(102)], at: 0 }).unwrap();
-        assert!(absent.due(&state, after(9999)).is_empty(), "it is out");
+        assert!(due(&state, 9999).is_empty(), "it is out");
     }
 
     #[test]
     fn never_is_never() {
-        let mut state = cluster();
-        down(&mut state, 2, 1);
-        state.settings.down_out_interval = 0;
         let (mut absent, begin) = (Absent::default(), Instant::now());
-        assert!(absent.due(&state, begin).is_empty());
-        assert!(absent.due(&state, begin + Duration::from_secs(1 << 30)).is_empty());
+        for seconds in [0, 1 << 30] {
+            let now = begin + Duration::from_secs(seconds);
+            assert!(absent.due([1].into_iter(), 0, now).is_empty());
+        }
     }
 
     #[test]

@@ -89,6 +89,36 @@ fn a_node_that_stays_down_is_out_and_may_return() {
 }
 
 #[test]
+fn four_nodes_survive_one_death_after_another() {
+    let lab = Lab::new("votes");
+    let mut cluster = Cluster::start(&lab, 4);
+    cluster.create("disk", "32M", 2);
+    let mut client = cluster.export_nbd(0, "disk").connect();
+    let mut scribe = Scribe::new(seed(), BLOCKS);
+    (0..20).for_each(|_| scribe.write(&mut client, 32));
+    cluster.dog(0, &["cluster", "set", "down-out-interval", "1s"]);
+    let voting = |cluster: &Cluster, wanted: usize| {
+        let what = format!("{wanted} voters");
+        eventually(&what, PATIENCE, || (voters(cluster, 0).len() == wanted).then_some(()));
+    };
+    voting(&cluster, 4);
+    cluster.kill(3);
+    voting(&cluster, 3);
+    cluster.wait_complete(0);
+    // With the vote of the first there would be no majority any more.
+    cluster.kill(2);
+    eventually("the second to be down", PATIENCE, || {
+        (cluster.member(0, 2)?["state"] == "down").then_some(())
+    });
+    (0..20).for_each(|_| scribe.write(&mut client, 32));
+    cluster.restart(2);
+    cluster.restart(3);
+    cluster.wait_healthy();
+    voting(&cluster, 4);
+    assert!(scribe.verify(&mut client) > 100);
+}
+
+#[test]
 fn a_lost_node_is_removed() {
     let lab = Lab::new("lost");
     let mut cluster = Cluster::start(&lab, 4);

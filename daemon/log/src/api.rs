@@ -200,10 +200,12 @@ pub trait ClusterLog: Send + Sync + 'static {
     /// See [`ProposeError`]; `id` must be a member. It is safe to repeat.
     fn update_address(&self, id: u64, addr: String) -> BoxFuture<'_, Result<(), ProposeError>>;
 
-    /// Tells the driver which nodes are up, most wanted as voters first. While this node leads,
-    /// a voter that is not among them is replaced by an up member that is caught up, in the
-    /// background. On other nodes it has no effect until they lead.
-    fn reconcile_members(&self, up: &[u64]);
+    /// Tells the driver which nodes are up, most wanted as voters first, and which have been down
+    /// for so long that nobody counts on their return. While this node leads, a voter that is not
+    /// up is replaced by an up member that is caught up, in the background. Where there is none,
+    /// the gone lose their votes as far as the rest can then bear more deaths; they get them back
+    /// when they are up. On other nodes it has no effect until they lead.
+    fn reconcile_members(&self, up: &[u64], gone: &[u64]);
 
     /// Tells the driver that the process of `leader` is known to be dead, so that another takes
     /// over at once instead of after [`Options::election_timeout`](crate::Options). To be called

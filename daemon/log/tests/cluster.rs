@@ -246,7 +246,7 @@ async fn a_dead_voter_is_replaced_by_a_learner() {
     cluster.stop(dead).await;
     let up: Vec<u64> = (1..=4).filter(|id| *id != dead).collect();
     for id in &up {
-        cluster.log(*id).reconcile_members(&up);
+        cluster.log(*id).reconcile_members(&up, &[]);
     }
     let replaced = |status: &LogStatus| {
         status.voters == up.iter().copied().collect() && status.learners == [dead].into()
@@ -267,13 +267,39 @@ async fn a_dead_leader_is_replaced_as_voter_by_the_next_leader() {
     cluster.stop(leader).await;
     let up: Vec<u64> = (1..=4).filter(|id| *id != leader).collect();
     for id in &up {
-        cluster.log(*id).reconcile_members(&up);
+        cluster.log(*id).reconcile_members(&up, &[]);
     }
     for id in &up {
         let replaced = |status: &LogStatus| !status.voters.contains(&leader);
         cluster.until(*id, "replaced the dead", replaced).await;
     }
     cluster.propose(up[0], "command 0").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_voter_that_is_gone_loses_its_vote_until_it_is_back() {
+    let mut cluster = Cluster::of(4, Options { max_voters: 5, ..options() }).await;
+    cluster.until(1, "all vote", |status| status.voters.len() == 4).await;
+    let leader = cluster.node(1).status().leader.unwrap();
+    let mut others: Vec<u64> = (1..=4).filter(|id| *id != leader).collect();
+    let (gone, dies) = (others.remove(0), others.remove(0));
+    cluster.stop(gone).await;
+    let up: Vec<u64> = (1..=4).filter(|id| *id != gone).collect();
+    for id in &up {
+        cluster.log(*id).reconcile_members(&up, &[gone]);
+    }
+    let dropped = |status: &LogStatus| status.learners == [gone].into();
+    cluster.until(leader, "dropped the vote", dropped).await;
+    // Two of four would be no quorum.
+    cluster.stop(dies).await;
+    cluster.propose(leader, "command 0").await;
+    for id in [gone, dies] {
+        cluster.start(id).await;
+    }
+    for id in 1..=4 {
+        cluster.log(id).reconcile_members(&[1, 2, 3, 4], &[]);
+    }
+    cluster.until(leader, "it votes again", |status| status.voters.len() == 4).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -4,7 +4,7 @@
 //!            add_member                caught up, votes are free, or a voter is down
 //! stranger ────────────► learner ─────────────────────────────────────────────► voter
 //!     ▲                   │   ▲                                                   │
-//!     └── remove_member ──┘   └─────────── down, and a learner takes its place ───┘
+//!     └── remove_member ──┘   └──── down, and a learner takes its place, or gone ─┘
 //!     ▲                                                                           │
 //!     └────────────────────────────── remove_member ──────────────────────────────┘
 //! ```
@@ -32,6 +32,15 @@ const RETRY: Duration = Duration::from_millis(20);
 /// A learner is caught up when it lacks no more entries than this.
 const CAUGHT_UP: u64 = 16;
 
+/// What was said of the nodes, see [`ClusterLog::reconcile_members`](crate::ClusterLog).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Said {
+    /// Nodes that are up, most wanted first.
+    pub up: Vec<u64>,
+    /// Nodes on whose return nobody counts.
+    pub gone: Vec<u64>,
+}
+
 /// What the leader knows when it decides who votes.
 #[derive(Debug, Clone, Default)]
 pub struct View {
@@ -39,8 +48,8 @@ pub struct View {
     pub voters: BTreeSet<u64>,
     /// Learners that are caught up and answered a moment ago.
     pub ready: BTreeSet<u64>,
-    /// Nodes that are up, most wanted first; `None` if nobody said.
-    pub up: Option<Vec<u64>>,
+    /// `None` if nobody said.
+    pub said: Option<Said>,
     pub max_voters: usize,
 }
 
@@ -48,29 +57,43 @@ pub struct View {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Plan {
     Promote(u64),
-    Replace { dead: u64, by: u64 },
+    Replace {
+        dead: u64,
+        by: u64,
+    },
+    /// They become learners.
+    Drop(BTreeSet<u64>),
 }
 
 /// The next change that brings the voters closer to what is wanted, if any.
 ///
 /// Replacing goes before promoting: a further voter beside a dead one would raise the quorum
-/// without there being anyone more to reach it.
+/// without there being anyone more to reach it. Votes of the gone are dropped only down to an odd
+/// number: of three voters one may be lost, of two none.
 pub fn plan(view: &View) -> Option<Plan> {
-    let candidate = match &view.up {
-        Some(up) => up.iter().copied().find(|node| view.ready.contains(node)),
+    let said = view.said.as_ref();
+    let candidate = match said {
+        Some(said) => said.up.iter().copied().find(|node| view.ready.contains(node)),
         None => view.ready.first().copied(),
-    }?;
-    let is_up = |node: u64| node == view.me || view.up.as_ref().is_none_or(|up| up.contains(&node));
+    };
+    let is_up = |node: u64| node == view.me || said.is_none_or(|said| said.up.contains(&node));
     let (up, down): (Vec<u64>, Vec<u64>) = view.voters.iter().partition(|node| is_up(**node));
-    match down.first() {
-        // Both the old voters and the new must agree to the change, so both need a quorum now.
-        Some(dead) if up.len() > view.voters.len() / 2 => {
-            Some(Plan::Replace { dead: *dead, by: candidate })
-        }
-        Some(_) => None,
-        None if view.voters.len() < view.max_voters => Some(Plan::Promote(candidate)),
-        None => None,
+    let Some(dead) = down.first() else {
+        return candidate.filter(|_| view.voters.len() < view.max_voters).map(Plan::Promote);
+    };
+    // Both the old voters and the new must agree to the change, so both need a quorum now.
+    if up.len() <= view.voters.len() / 2 {
+        return None;
     }
+    if let Some(by) = candidate {
+        return Some(Plan::Replace { dead: *dead, by });
+    }
+    let is_gone = |node: &u64| said.is_some_and(|said| said.gone.contains(node));
+    let mut gone: BTreeSet<u64> = down.into_iter().filter(is_gone).collect();
+    if (view.voters.len() - gone.len()).is_multiple_of(2) {
+        gone.pop_last();
+    }
+    (!gone.is_empty()).then_some(Plan::Drop(gone))
 }
 
 impl From<Plan> for Changes {
@@ -81,6 +104,7 @@ impl From<Plan> for Changes {
                 Changes::AddVoterIds(BTreeSet::from([by])),
                 Changes::RemoveVoters(BTreeSet::from([dead])),
             ]),
+            Plan::Drop(gone) => Changes::RemoveVoters(gone),
         }
     }
 }
@@ -159,8 +183,8 @@ impl Shared {
     /// node is the one to do so: two that stand at the same time would share the votes.
     pub async fn take_over(&self, leader: u64) {
         let metrics = self.metrics();
-        let up = self.up.borrow().clone();
-        let is_up = |node: &u64| up.as_ref().is_none_or(|up| up.contains(node));
+        let said = self.said.borrow().clone();
+        let is_up = |node: &u64| said.as_ref().is_none_or(|said| said.up.contains(node));
         let membership = &metrics.membership_config;
         let heir = membership.voter_ids().find(|node| *node != leader && is_up(node));
         if metrics.current_leader != Some(leader) || heir != Some(self.id) {
@@ -180,11 +204,11 @@ impl Shared {
     /// Promotes and replaces voters while this node leads.
     pub async fn keep_members(self: Arc<Self>) {
         let mut metrics = self.raft.metrics();
-        let mut up = self.up.subscribe();
+        let mut said = self.said.subscribe();
         loop {
             tokio::select! {
                 changed = metrics.changed() => if changed.is_err() { return },
-                changed = up.changed() => if changed.is_err() { return },
+                changed = said.changed() => if changed.is_err() { return },
             }
             let seen = metrics.borrow_watched().clone();
             if seen.state == ServerState::Leader {
@@ -232,7 +256,7 @@ impl Shared {
             me: self.id,
             voters: membership.voter_ids().collect(),
             ready: membership.learner_ids().filter(is_ready).collect(),
-            up: self.up.borrow().clone(),
+            said: self.said.borrow().clone(),
             max_voters: self.options.max_voters,
         }
     }
@@ -271,7 +295,7 @@ mod tests {
             me: 1,
             voters: voters.iter().copied().collect(),
             ready: ready.iter().copied().collect(),
-            up: up.map(<[u64]>::to_vec),
+            said: up.map(|up| Said { up: up.to_vec(), gone: Vec::new() }),
             max_voters: 3,
         }
     }
@@ -312,6 +336,23 @@ mod tests {
     #[test]
     fn a_voter_that_is_down_stays_when_nobody_can_take_its_place() {
         assert_eq!(plan(&view(&[1, 2, 3], &[], Some(&[1, 3]))), None);
+    }
+
+    #[test]
+    fn votes_of_the_gone_are_dropped_where_that_helps() {
+        let dropped = |voters: &[u64], up: &[u64], gone: &[u64]| {
+            let mut view = view(voters, &[], Some(up));
+            view.said.as_mut().unwrap().gone = gone.to_vec();
+            plan(&view)
+        };
+        let drop = |gone: &[u64]| Some(Plan::Drop(gone.iter().copied().collect()));
+        assert_eq!(dropped(&[1, 2, 3, 4], &[1, 2, 3], &[]), None, "it may come back");
+        assert_eq!(dropped(&[1, 2, 3, 4], &[1, 2, 3], &[4]), drop(&[4]));
+        assert_eq!(dropped(&[1, 2, 3, 4, 5], &[1, 2, 3], &[4]), None, "4 bear no more than 5");
+        assert_eq!(dropped(&[1, 2, 3, 4, 5], &[1, 2, 3], &[4, 5]), drop(&[4, 5]));
+        assert_eq!(dropped(&[1, 2, 3], &[1, 2], &[3]), None, "2 bear no more than 3");
+        assert_eq!(dropped(&[1, 2, 3, 4], &[1, 2], &[3, 4]), None, "no quorum");
+        assert_eq!(dropped(&[1, 2, 3, 4], &[1, 2, 3, 4], &[4]), None, "it is up");
     }
 
     #[test]

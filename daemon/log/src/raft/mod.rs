@@ -28,6 +28,7 @@ use tokio::time::Instant;
 use self::db::Db;
 use self::heard::Heard;
 use self::machine::Machine;
+use self::members::Said;
 use self::network::Network;
 use self::store::LogStore;
 use self::types::{Bytes, LogId, Metrics, Raft, Vote};
@@ -55,7 +56,7 @@ struct Shared {
     options: Arc<Options>,
     status: watch::Sender<LogStatus>,
     /// The nodes last said to be up; `None` before the first time.
-    up: watch::Sender<Option<Vec<u64>>>,
+    said: watch::Sender<Option<Said>>,
     inflight: Semaphore,
     /// Held while this node, as leader, changes the members.
     changing: tokio::sync::Mutex<()>,
@@ -104,7 +105,7 @@ impl RaftLog {
             db,
             network,
             status: watch::Sender::new(LogStatus::default()),
-            up: watch::Sender::new(None),
+            said: watch::Sender::new(None),
             inflight: Semaphore::new(options.max_inflight),
             changing: tokio::sync::Mutex::new(()),
             quiet_until: Instant::now() + quiet,
@@ -226,11 +227,12 @@ impl ClusterLog for RaftLog {
         })
     }
 
-    fn reconcile_members(&self, up: &[u64]) {
-        self.shared.up.send_if_modified(|known| {
-            let changed = known.as_deref() != Some(up);
+    fn reconcile_members(&self, up: &[u64], gone: &[u64]) {
+        let said = Said { up: up.to_vec(), gone: gone.to_vec() };
+        self.shared.said.send_if_modified(|known| {
+            let changed = known.as_ref() != Some(&said);
             if changed {
-                *known = Some(up.to_vec());
+                *known = Some(said);
             }
             changed
         });
