@@ -11,7 +11,7 @@ use sheepdog_types::{
 use thiserror::Error;
 
 /// Version of the command and state encoding.
-pub const LOG_VERSION: u8 = 3;
+pub const LOG_VERSION: u8 = 4;
 
 /// Most copies of an object.
 pub const MAX_COPIES: usize = 8;
@@ -139,6 +139,18 @@ pub enum Command {
         entered: Epoch,
         /// For people.
         reason: String,
+        /// Wall clock of the proposer, seconds since 1970.
+        at: u64,
+    },
+    /// A disk that data move to has no room for them, or has room again. While it is full it takes
+    /// only what it has to hold by the placement in force, and the move waits. Makes a new epoch.
+    DiskFull {
+        /// The disk.
+        disk: DiskId,
+        /// Incarnation of its node; ignored when it has entered again since.
+        incarnation: u64,
+        /// Whether it is full.
+        full: bool,
         /// Wall clock of the proposer, seconds since 1970.
         at: u64,
     },

@@ -69,6 +69,8 @@ pub struct Disk {
     pub lost: bool,
     /// It leaves the cluster once its data are elsewhere.
     pub retiring: bool,
+    /// It has no room for what the next ring gives it.
+    pub full: bool,
     /// First epoch whose writes it may lack.
     pub missed_since: Option<Epoch>,
     /// It may lack writes that were acknowledged but not flushed before its node came back.
@@ -184,6 +186,9 @@ impl ClusterState {
             }
             Command::DiskDown { disk, incarnation, entered, reason, at } => {
                 self.take_disk_down(disk, (incarnation, entered), &reason, at)
+            }
+            Command::DiskFull { disk, incarnation, full, at } => {
+                self.set_full(disk, incarnation, full, at)
             }
             Command::Out { disks, at } => self.take_out(&disks, at),
             Command::Drain { node, on, force, at } => self.drain(node, on, force, at),

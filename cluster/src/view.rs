@@ -86,6 +86,8 @@ pub struct DiskView {
     pub lost: bool,
     /// It, or its node, is to hold nothing.
     pub draining: bool,
+    /// It has no room for what the next ring gives it.
+    pub full: bool,
     /// First epoch whose writes it may lack.
     pub missed_since: Option<Epoch>,
     /// It may lack unflushed writes from before it came back.
@@ -213,6 +215,7 @@ impl View {
                 out: disk.out,
                 lost: disk.lost,
                 draining: disk.retiring || node.is_some_and(|n| n.draining || n.removed),
+                full: disk.full,
                 missed_since: disk.missed_since,
                 restarted: disk.restarted,
                 sync_from: disk.sync_from,
@@ -238,7 +241,30 @@ impl View {
     #[must_use]
     pub fn is_member(&self, slot: SlotId, copies: usize, disk: DiskId) -> bool {
         self.ring.place(slot, copies).contains(disk)
-            || self.next.as_ref().is_some_and(|next| next.place(slot, copies).contains(disk))
+            || !self.is_full(disk) && self.comes(slot, copies).contains(disk)
+    }
+
+    /// Whether `disk` may have data of `slot`: a full one keeps what it got for the next ring.
+    #[must_use]
+    pub fn may_hold(&self, slot: SlotId, copies: usize, disk: DiskId) -> bool {
+        self.ring.place(slot, copies).contains(disk) || self.comes(slot, copies).contains(disk)
+    }
+
+    /// The disks that are to hold `slot`'s data by the next ring.
+    fn comes(&self, slot: SlotId, copies: usize) -> Disks {
+        self.next.as_ref().map_or_else(Disks::default, |next| next.place(slot, copies))
+    }
+
+    /// Whether data are to move to a disk, or within it.
+    #[must_use]
+    pub fn is_to_come(&self, disk: DiskId) -> bool {
+        self.next.as_ref().is_some_and(|next| next.members.contains_key(&disk))
+    }
+
+    /// Whether a disk has no room for what is to move to it.
+    #[must_use]
+    pub fn is_full(&self, disk: DiskId) -> bool {
+        self.disks.get(&disk).is_some_and(|d| d.full)
     }
 
     /// The disks that hold `slot`'s data by placement, up or not.
@@ -320,12 +346,8 @@ impl View {
         let home = self.home(slot, copies);
         let mut members: Disks = home.iter().filter(|d| self.is_up(*d)).collect();
         let at_home = members.len();
-        if let Some(next) = &self.next {
-            next.place(slot, copies)
-                .iter()
-                .filter(|d| self.is_up(*d))
-                .for_each(|d| members.insert(d));
-        }
+        let takes = |d: &DiskId| self.is_up(*d) && !self.is_full(*d);
+        self.comes(slot, copies).iter().filter(takes).for_each(|d| members.insert(d));
         // Those to come make up for disks that are out, not for disks that are only down: whoever
         // looks back at this epoch has to know whether it took writes.
         if at_home < self.needed(&home, min_copies) || members.len() < min_copies {

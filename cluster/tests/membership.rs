@@ -265,6 +265,55 @@ fn disks_come_and_go_while_their_node_stays() {
 }
 
 #[test]
+fn a_move_waits_for_a_full_disk_and_gives_it_nothing() {
+    let mut state = cluster(3);
+    let full = |node, full| Command::DiskFull { disk: disk(node), incarnation: 1, full, at: 0 };
+    let before = state.epoch;
+    state.apply(full(2, true)).unwrap();
+    assert_eq!((state.epoch, state.disks[&disk(2)].full), (before, false), "nothing moves to it");
+    enter(&mut state, 4, 1).unwrap();
+    let slots = || (0..=u16::MAX).map(SlotId);
+    let moving = view(&state);
+    let given: Vec<SlotId> = slots().filter(|slot| moving.is_member(*slot, 3, disk(4))).collect();
+    assert!(given.len() > 16_000, "{}", given.len());
+    let equal = (state.epoch, moving.slot(given[0], 3, 2).unwrap().members);
+    state.apply(full(4, true)).unwrap();
+    let now = view(&state);
+    let stays =
+        |slot: &SlotId| !now.is_member(*slot, 3, disk(4)) && now.may_hold(*slot, 3, disk(4));
+    assert!(given.iter().all(stays) && !now.unbroken_since(equal.0, &equal.1));
+    let members = now.slot(given[0], 3, 2).unwrap().members;
+    assert_eq!((members.len(), members.contains(disk(4))), (3, false));
+    sync_all(&mut state);
+    assert_eq!((ring(&state), next(&state)), (vec![1, 2, 3], Some(vec![1, 2, 3, 4])));
+    // With room the move goes on.
+    let epoch = state.epoch;
+    state.apply(full(4, false)).unwrap();
+    let now = view(&state);
+    assert!(state.epoch > epoch && now.is_member(given[0], 3, disk(4)));
+    assert!(!now.unbroken_since(equal.0, &equal.1), "it has missed writes");
+    sync_all(&mut state);
+    assert_eq!((ring(&state), next(&state)), (vec![1, 2, 3, 4], None));
+}
+
+#[test]
+fn another_placement_gives_a_full_disk_another_chance() {
+    let mut state = cluster(3);
+    enter(&mut state, 4, 1).unwrap();
+    let full = Command::DiskFull { disk: disk(4), incarnation: 1, full: true, at: 0 };
+    state.apply(full.clone()).unwrap();
+    enter(&mut state, 5, 1).unwrap();
+    assert!(!state.disks[&disk(4)].full, "its share is smaller now");
+    state.apply(full.clone()).unwrap();
+    enter(&mut state, 4, 2).unwrap();
+    assert!(!state.disks[&disk(4)].full, "a new life");
+    state.apply(full).unwrap();
+    assert!(!state.disks[&disk(4)].full, "that was said of an earlier life");
+    sync_all(&mut state);
+    assert_eq!((ring(&state), next(&state)), (vec![1, 2, 3, 4, 5], None));
+}
+
+#[test]
 fn zones_and_weights_of_an_operator_outlast_restarts_until_the_node_says_otherwise() {
     let mut state = cluster(4);
     let zone = |zone: &str| Command::SetZone { node: NodeId(2), zone: zone.into(), at: 0 };

@@ -52,6 +52,7 @@ scripts! {
     full_disk,
     join_storm,
     lonely_survivor,
+    move_to_a_full_disk,
     only_one_knows,
     partition_heals,
     power_loss_order_123,

@@ -400,34 +400,46 @@ async fn tend(node: &Arc<Node>, entry: &Arc<Entry>) {
     }
 }
 
-/// A disk without room for what it lacks would keep its objects waiting for ever: it leaves service,
-/// and comes back when there is room again.
+/// A disk without room for what moves to it says so, and the move waits. One that lacks even what it
+/// has to hold now would keep its objects waiting for ever: it leaves service. Both end when there is
+/// room.
 async fn mind_space(node: &Arc<Node>, entry: &Arc<Entry>, view: &View) -> Result<(), String> {
     let id = entry.disk.id;
     let incarnation = node.cluster.incarnation();
-    let full = lock(&entry.meter).full;
-    let problem = lock(&entry.machine).progress().problem;
-    if view.is_up(id) {
-        lock(&entry.meter).full = false;
-        if problem != Some(Failure::NoSpace) {
+    let lacks = {
+        let machine = lock(&entry.machine);
+        let current = machine.view().epoch == view.epoch; // or it tells of another placement
+        current && machine.progress().problem == Some(Failure::NoSpace)
+    };
+    let usage = entry.disk.store.usage();
+    let free = usage.capacity.saturating_sub(usage.used);
+    let has_room = free >= LEAST_ROOM.max(usage.capacity / ROOM);
+    let full = |full| Command::DiskFull { disk: id, incarnation, full, at: now() };
+    let command = match view.disks.get(&id) {
+        Some(disk) if !disk.up => {
+            if has_room && std::mem::take(&mut lock(&entry.meter).full) {
+                tracing::info!(disk = %id, "the disk has room again and goes back into service");
+            }
+            return Ok(()); // `membership` brings back what is down without a reason
+        }
+        Some(disk) if disk.full && has_room => full(false),
+        Some(disk) if lacks && !disk.full && view.is_to_come(id) => {
+            tracing::error!(disk = %id, "the disk has no room for what moves to it");
+            full(true)
+        }
+        Some(disk) if lacks => {
+            let (reason, entered) = (FULL.to_owned(), disk.entered);
+            tracing::error!(disk = %id, reason, "the disk leaves service");
+            lock(&entry.meter).full = true;
+            Command::DiskDown { disk: id, incarnation, entered, reason, at: now() }
+        }
+        _ => {
+            lock(&entry.meter).full = false;
             return Ok(());
         }
-        let reason = FULL.to_owned();
-        tracing::error!(disk = %id, reason, "the disk leaves service");
-        lock(&entry.meter).full = true;
-        let entered = view.disks.get(&id).map_or(Epoch(0), |d| d.entered);
-        let command = Command::DiskDown { disk: id, incarnation, entered, reason, at: now() };
-        node.propose(&command).await?.map_err(|refusal| refusal.to_string())?;
-    } else if full {
-        let usage = entry.disk.store.usage();
-        let free = usage.capacity.saturating_sub(usage.used);
-        if free < LEAST_ROOM.max(usage.capacity / ROOM) {
-            return Ok(());
-        }
-        lock(&entry.meter).full = false; // `membership` brings back what is down without a reason
-        tracing::info!(disk = %id, "the disk has room again and goes back into service");
-    }
-    Ok(())
+    };
+    let answer = node.propose(&command).await?;
+    answer.map(drop).map_err(|refusal| refusal.to_string())
 }
 
 /// Repairs what is known to be damaged on a disk from replicas that lack nothing. Objects in use are

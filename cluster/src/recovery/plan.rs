@@ -38,7 +38,7 @@ pub enum Action {
 /// Whether a disk has no business with a layer: its volume is gone, or it belongs elsewhere.
 pub(super) fn is_leftover(view: &View, disk: DiskId, key: LayerKey) -> bool {
     match view.volumes.get(&key.object.volume) {
-        Some(volume) => !view.is_member(key.object.slot(), usize::from(volume.spec.copies), disk),
+        Some(volume) => !view.may_hold(key.object.slot(), usize::from(volume.spec.copies), disk),
         // A volume younger than this view is no leftover.
         None => key.object.volume <= view.last_volume,
     }

@@ -94,6 +94,7 @@ impl ClusterState {
             out: false,
             lost: false,
             retiring: false,
+            full: false,
             missed_since: Some(Epoch(0)),
             restarted: false,
             sync_from: None,
@@ -102,6 +103,7 @@ impl ClusterState {
             (disk.weight, disk.announced_weight) = (info.weight, info.weight);
         }
         (disk.present, disk.entered, disk.lost) = (true, epoch, false);
+        disk.full = false; // or it says so again
         if disk.out {
             disk.out = false;
             record.came_in.push(info.id);

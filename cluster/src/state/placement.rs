@@ -1,7 +1,7 @@
 //! Which disks are on the ring, and how data move to another one.
 
 use super::{ClusterState, Disk, RingMember, RingMembers};
-use crate::command::{Answer, Outcome};
+use crate::command::{Answer, Outcome, Refusal};
 use crate::history::{EpochRecord, MAX_HISTORY};
 use sheepdog_types::{DiskId, Epoch};
 
@@ -49,6 +49,9 @@ impl ClusterState {
             })
             .collect();
         if self.volumes.is_empty() || wanted == self.ring {
+            if self.next_ring.is_some() {
+                self.compare_all(); // what was copied for nothing goes
+            }
             self.place(wanted, None);
         } else if wanted.is_empty() {
             self.place(self.ring.clone(), None); // nowhere to go: the data stay where they are
@@ -57,6 +60,24 @@ impl ClusterState {
             self.place(self.ring.clone(), Some(wanted));
         }
         self.promote_if_synced(at);
+    }
+
+    pub(super) fn set_full(&mut self, id: DiskId, incarnation: u64, full: bool, at: u64) -> Answer {
+        let Some(disk) = self.disks.get(&id) else { return Err(Refusal::NoSuchDisk(id)) };
+        let Some(node) = self.nodes.get(&disk.node) else { return Ok(Outcome::Done) };
+        let to_come = self.next_ring.as_ref().is_some_and(|next| next.contains_key(&id));
+        if disk.full == full || !to_come || !self.disk_up(id) || node.incarnation != incarnation {
+            return Ok(Outcome::Done);
+        }
+        let what = if full { "has no room for what moves to it" } else { "has room again" };
+        self.begin_epoch(self.next_record(format!("disk {id} of {} {what}", node.address), at));
+        // Who is written to changes: replicas that were equal before need not be so after it.
+        self.placement_since = self.epoch;
+        if let Some(disk) = self.disks.get_mut(&id) {
+            disk.full = full;
+            disk.sync_from = Some(self.epoch);
+        }
+        Ok(Outcome::Done)
     }
 
     /// Has every disk in service compare itself with the others.
@@ -73,6 +94,7 @@ impl ClusterState {
         if self.ring != ring || self.next_ring != next {
             (self.ring, self.next_ring) = (ring, next);
             self.placement_since = self.epoch;
+            self.disks.values_mut().for_each(|disk| disk.full = false); // a smaller share may fit
         }
         self.forget_removed();
     }
@@ -81,7 +103,8 @@ impl ClusterState {
     /// down holds the move up until it is out: it may be the only one to get some slot.
     pub(super) fn promote_if_synced(&mut self, at: u64) {
         let Some(next) = &self.next_ring else { return };
-        let ready = |id| self.disk_up(id) && self.disks.get(&id).is_some_and(Disk::complete);
+        let has_all = |disk: &Disk| disk.complete() && !disk.full;
+        let ready = |id| self.disk_up(id) && self.disks.get(&id).is_some_and(has_all);
         if next.keys().all(|id| ready(*id)) {
             let ring = next.clone();
             let cause = "data moved to the new placement".to_string();

@@ -1,5 +1,6 @@
 //! What goes wrong, and how it ends.
 
+use super::node::Disk;
 use super::topology::{duration, random_copies};
 use super::world::{Time, World};
 use sheepdog_cluster::command::{Command, DiskInfo};
@@ -157,6 +158,8 @@ impl World {
                     // An old command came late.
                     let disk = &mut self.disks[at];
                     (disk.used, disk.left, disk.sync) = (false, true, None);
+                } else {
+                    self.tell_of_space(at);
                 }
                 continue;
             }
@@ -183,6 +186,19 @@ impl World {
             }
         }
         self.take_out();
+    }
+
+    /// A disk that data move to says that it has no room, or has room again.
+    fn tell_of_space(&mut self, at: usize) {
+        let Disk { id, node, ref sync, ref store, .. } = self.disks[at];
+        let view = std::sync::Arc::clone(self.view_of(node));
+        let (is_full, has_room) = (view.is_full(id), store.full == 0);
+        let lacks = sync.as_ref().is_some_and(|sync| sync.lacks_space_in(view.epoch));
+        if view.is_to_come(id) && (is_full && has_room || !is_full && lacks) {
+            let incarnation = self.nodes[node].incarnation;
+            let command = Command::DiskFull { disk: id, incarnation, full: !is_full, at: self.now };
+            self.propose(node, command);
+        }
     }
 
     /// The leader gives up waiting for disks that were down for long.

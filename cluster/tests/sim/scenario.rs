@@ -182,6 +182,10 @@ impl Script {
             }
             ["full", disk] => self.set_full(disk, 1000),
             ["space", disk] => self.set_full(disk, 0),
+            ["wait-full", disk] => {
+                let id = self.disk(disk)?.1;
+                self.until("it says so", |w| w.log.state.disks.get(&id).is_some_and(|d| d.full))
+            }
             ["sync", "off"] => {
                 self.world.syncs_held = true;
                 Ok(())
@@ -213,12 +217,16 @@ impl Script {
         Ok(())
     }
 
+    fn disk(&self, word: &str) -> Result<(usize, DiskId), Problem> {
+        let id = DiskId(number(word)?);
+        let at = self.world.disks.iter().position(|d| d.id == id);
+        at.map_or_else(|| syntax("no such disk: the first one is 101"), |at| Ok((at, id)))
+    }
+
     fn set_full(&mut self, word: &str, full: u64) -> Done {
-        let disk = DiskId(number(word)?);
-        let Some(at) = self.world.disks.iter().position(|d| d.id == disk) else {
-            return syntax("no such disk: the first one is 101");
-        };
+        let (at, _) = self.disk(word)?;
         self.world.disks[at].store.full = full;
+        self.world.disks[at].trouble_until = Time::MAX; // or until the script ends
         self.world.full_at = Some(Time::MAX);
         Ok(())
     }

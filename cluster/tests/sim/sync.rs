@@ -18,6 +18,10 @@ pub struct Sync {
 }
 
 impl Sync {
+    pub fn lacks_space_in(&self, epoch: Epoch) -> bool {
+        self.epoch == epoch && self.machine.progress().problem == Some(Failure::NoSpace)
+    }
+
     pub fn describe(&self) -> String {
         format!("as of {} asked {} {:?}", self.epoch, self.calls.len(), self.machine.progress())
     }

@@ -107,6 +107,12 @@ fn node_reasons(node: &Node, view: &View, disks: &[DiskHealth]) -> Vec<String> {
         let address = view.nodes.get(&disk.node).map_or("?", |n| n.address.as_str());
         reasons.push(format!("a disk of node {address} is being synchronised"));
     }
+    for (id, disk) in view.disks.iter().filter(|(_, d)| d.up && d.full) {
+        let address = view.nodes.get(&disk.node).map_or("?", |n| n.address.as_str());
+        reasons.push(format!(
+            "disk {id} of node {address} is full: data cannot move to it; free space on it, or add disks"
+        ));
+    }
     reasons.extend(damage_reasons(view, disks));
     if view.settings.recovery_paused && view.disks.values().any(|d| d.up && d.sync_from.is_some()) {
         reasons.push("background recovery is paused; `dog node recovery resume` ends that".into());

@@ -209,5 +209,5 @@ pub fn disk_state(state: &ClusterState, disk: &Disk) -> DiskState {
 /// Whether a disk is up and holds everything that it must hold.
 pub fn is_complete(state: &ClusterState, disk: &Disk) -> bool {
     let up = disk.present && state.nodes.get(&disk.node).is_some_and(|n| n.up);
-    up && disk.missed_since.is_none() && disk.sync_from.is_none()
+    up && disk.missed_since.is_none() && disk.sync_from.is_none() && !disk.full
 }
