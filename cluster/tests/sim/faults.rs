@@ -194,7 +194,13 @@ impl World {
         let view = std::sync::Arc::clone(self.view_of(node));
         let (is_full, has_room) = (view.is_full(id), store.full == 0);
         let lacks = sync.as_ref().is_some_and(|sync| sync.lacks_space_in(view.epoch));
-        if view.is_to_come(id) && (is_full && has_room || !is_full && lacks) {
+        if !view.is_to_come(id) {
+            return;
+        }
+        // Somebody else may fill the disk, or make room, at any time.
+        let changes = self.calm || self.rng.chance(30);
+        let spurious = self.plan.full > 0 && !self.calm && self.rng.chance(10);
+        if is_full && has_room && changes || !is_full && (lacks || spurious) {
             let incarnation = self.nodes[node].incarnation;
             let command = Command::DiskFull { disk: id, incarnation, full: !is_full, at: self.now };
             self.propose(node, command);

@@ -147,19 +147,26 @@ impl World {
         }
         let known = self.nodes[node].applied;
         if instance.view_at < known && (self.calm || instance.deaf_until <= self.now) {
-            let view = Arc::clone(self.view_of(node));
-            let newer = view.epoch > self.log.views[instance.view_at].epoch;
-            self.instances[at].view_at = known;
-            self.instances[at].gateway.handle_view(view);
-            if newer {
-                self.after_change();
-            }
+            self.take_view(at);
         }
         self.release_held(at);
         if self.now.is_multiple_of(2) && self.instances[at].gateway.wants_tick() {
             self.instances[at].gateway.handle_tick();
         }
         self.collect(at);
+    }
+
+    /// The gateway hears of the newest view of its node.
+    fn take_view(&mut self, at: usize) {
+        let instance = &self.instances[at];
+        let (node, old) = (instance.node, self.log.views[instance.view_at].epoch);
+        let view = Arc::clone(self.view_of(node));
+        let newer = view.epoch > old;
+        self.instances[at].view_at = self.nodes[node].applied;
+        self.instances[at].gateway.handle_view(view);
+        if newer {
+            self.after_change();
+        }
     }
 
     /// A request of the guest of a gateway. Without a lease it waits.
@@ -172,6 +179,13 @@ impl World {
         let fenced = self.instances[at].gateway.phase() == Phase::Fenced;
         if self.instances[at].held.is_empty() || !(fenced || self.serves(self.instances[at].node)) {
             return;
+        }
+        // The daemon gives a gateway the newest view of its node before each request, because it may answer a
+        // read of what was never written by itself. Writes may come with an old one here: the replicas refuse.
+        let known = self.nodes[self.instances[at].node].applied;
+        let reads = self.instances[at].held.iter().any(|(op, _)| matches!(op, Op::Read { .. }));
+        if reads && self.instances[at].view_at < known {
+            self.take_view(at);
         }
         let instance = &mut self.instances[at];
         for (op, tag) in std::mem::take(&mut instance.held) {

@@ -149,11 +149,7 @@ impl World {
         let tag = ZOMBIE + self.volumes[volume].guest.tag();
         let (offset, len) = (range.start, range.end - range.start);
         let reads = self.rng.chance(500);
-        // The daemon gives a gateway the newest view of its node before each request. Here it may lag, and then
-        // it answers reads of what it knows as never written.
-        let instance = &self.instances[at];
-        let knows = !instance.detached && instance.view_at == self.nodes[instance.node].applied;
-        let op = if reads && knows {
+        let op = if reads && !self.instances[at].detached {
             Op::Read { offset, len: len as u32 }
         } else {
             Op::Write { offset, data: vec![0xFE; len as usize], fua: false }
