@@ -1,6 +1,6 @@
 //! The leader looks around: who reaches whom, and who has to leave or to stay out for it.
 
-use crate::cluster::lock;
+use crate::cluster::{LEASE, lock};
 use crate::control::{MAX_COMPLAINTS, NodeReply, NodeRequest};
 use crate::liveness::{PROBE, unreachable_of};
 use crate::node::Node;
@@ -192,7 +192,7 @@ pub async fn judge(node: Arc<Node>) {
             }
             let broken = survey(&node, &witnesses(&node.cluster.view()), &targets).await;
             let excluded = excluded(&node, broken.clone(), &BTreeMap::new());
-            condemn_all(&node, excluded, &broken);
+            condemn_all(&node, &excluded, &broken);
             sleep(AGAIN).await;
         }
     }
@@ -215,7 +215,7 @@ fn complained_of(node: &Node) -> BTreeMap<NodeId, String> {
 }
 
 /// Whether a node may enter: it and all up nodes reach each other, or it is others who have to
-/// leave for it. Otherwise says what is wrong.
+/// leave for it, and have left. Otherwise says what is wrong.
 ///
 /// Whoever was kept out a moment ago takes part: two who cannot reach the same up node are not
 /// both at fault.
@@ -252,15 +252,26 @@ pub async fn examine(
         return Err(describe(&node.cluster.view(), entrant.id, &broken));
     }
     excluded.retain(|id| !wanting.contains_key(id));
-    condemn_all(node, excluded, &broken);
-    Ok(())
+    condemn_all(node, &excluded, &broken);
+    // No epoch has them both: who takes writes with one that leaves has what the one that enters
+    // lacks, and cannot hand it on.
+    let leaving = |id: &NodeId| Some((*id, view.nodes.get(id)?.incarnation));
+    let leaving: Vec<(NodeId, u64)> = excluded.iter().filter_map(leaving).collect();
+    let have_left = node.wait_for(2 * LEASE, |state| {
+        let is_up = |id, incarnation| {
+            state.nodes.get(id).is_some_and(|n| n.up && n.incarnation == incarnation)
+        };
+        !leaving.iter().any(|(id, incarnation)| is_up(id, *incarnation))
+    });
+    let still_there = || "a node that has to leave for it is still there".to_owned();
+    have_left.await.then_some(()).ok_or_else(still_there)
 }
 
-fn condemn_all(node: &Node, excluded: BTreeSet<NodeId>, broken: &Broken) {
+fn condemn_all(node: &Node, excluded: &BTreeSet<NodeId>, broken: &Broken) {
     let view = node.cluster.view();
     for id in excluded {
-        if let Some(peer) = view.nodes.get(&id).filter(|n| n.up) {
-            node.leader.condemn(id, peer.incarnation, describe(&view, id, broken));
+        if let Some(peer) = view.nodes.get(id).filter(|n| n.up) {
+            node.leader.condemn(*id, peer.incarnation, describe(&view, *id, broken));
         }
     }
 }
