@@ -149,6 +149,14 @@ impl World {
         for at in 0..self.disks.len() {
             let disk = &self.disks[at];
             let node = disk.node;
+            if disk.gone {
+                continue;
+            }
+            if self.log.state.removed_disks.contains(&disk.id) {
+                note!(self, "disk {} is not needed any more", at + 101);
+                self.give_back(at);
+                continue;
+            }
             if !self.nodes[node].runs(self.now) || !self.has_entered(node) {
                 continue;
             }
@@ -232,7 +240,7 @@ impl World {
         let plan = self.plan;
         let at = self.rng.below(self.disks.len() as u64) as usize;
         let until = duration(&mut self.rng, self.now);
-        if self.happens(plan.disk) && !self.disks[at].failed {
+        if self.happens(plan.disk) && !self.disks[at].failed && !self.disks[at].gone {
             note!(self, "disk {} fails until t={until}", at + 101);
             self.taint();
             let disk = &mut self.disks[at];
@@ -274,7 +282,7 @@ impl World {
             self.replace_volume();
         }
         if self.happens(plan.drain) {
-            self.drain_or_undrain();
+            self.move_data();
         }
         if self.happens(plan.hand_over) {
             let at = self.rng.below(self.volumes.len() as u64) as usize;
@@ -282,15 +290,34 @@ impl World {
         }
     }
 
-    /// The youngest node gives its data away, or takes some again.
-    fn drain_or_undrain(&mut self) {
+    /// The youngest node, or the last of its disks, gives its data away, takes some again, or leaves for good.
+    fn move_data(&mut self) {
         let (Some(leader), Some((id, node))) =
             (self.log.leader, self.log.state.nodes.last_key_value())
         else {
             return;
         };
-        let on = !node.draining;
-        let command = Command::Drain { node: *id, on, force: false, at: self.now };
+        let (node, draining, at) = (*id, node.draining, self.now);
+        let mine: Vec<(DiskId, u64)> = self
+            .log
+            .state
+            .disks
+            .iter()
+            .filter(|(_, d)| d.node == node)
+            .map(|(id, d)| (*id, d.weight))
+            .collect();
+        let votes = self.voters().contains(&self.node_index(node));
+        let command = match (self.rng.below(8), mine.last()) {
+            (0 | 1, Some((disk, weight))) => {
+                let weight = if *weight == 0 { 1 } else { 0 };
+                Command::SetWeight { disk: *disk, weight, force: false, at }
+            }
+            (2, Some((disk, _))) if mine.len() > 1 => {
+                Command::RetireDisk { disk: *disk, force: false, at }
+            }
+            (3 | 4, _) if draining && !votes => Command::RemoveNode { node, force: false, at },
+            _ => Command::Drain { node, on: !draining, force: false, at },
+        };
         self.propose(leader, command);
     }
 

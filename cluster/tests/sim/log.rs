@@ -72,7 +72,7 @@ impl World {
 
     /// Lets go of views that everybody is past: a thousand nodes make thousands of large ones.
     fn forget_views(&mut self) {
-        let nodes = self.nodes.iter().map(|node| node.applied);
+        let nodes = self.nodes.iter().filter(|node| !node.gone).map(|node| node.applied);
         let gateways = self.instances.iter().map(|instance| instance.view_at);
         let oldest = nodes.chain(gateways).min().unwrap_or(0);
         let keep = Arc::clone(&self.log.views[oldest]);

@@ -28,6 +28,8 @@ pub struct Disk {
     pub sync: Option<Sync>,
     /// It is failed or full until then.
     pub trouble_until: Time,
+    /// It was removed from the cluster.
+    pub gone: bool,
 }
 
 pub struct Node {
@@ -55,6 +57,8 @@ pub struct Node {
     /// The last renewal was not answered: the next one needs a new connection.
     pub unanswered: bool,
     pub start_at: Time,
+    /// It was removed from the cluster.
+    pub gone: bool,
 }
 
 impl Node {
@@ -82,6 +86,7 @@ impl World {
                 left: false,
                 sync: None,
                 trouble_until: 0,
+                gone: false,
             });
         }
         let rate = if self.plan.skew { self.rng.range(870, 1150) } else { 1000 };
@@ -101,6 +106,7 @@ impl World {
             enter_at: 0,
             unanswered: false,
             start_at: 0,
+            gone: false,
         });
         self.net.grow(self.nodes.len());
         for instance in &mut self.instances {
@@ -150,11 +156,15 @@ impl World {
 
     /// Starts the process of a node.
     pub fn start_node(&mut self, at: usize) {
+        if self.nodes[at].gone {
+            return;
+        }
         note!(self, "n{} starts", at + 1);
         let disks = self.nodes[at].disks.clone();
         for disk in disks {
             let disk = &mut self.disks[disk];
-            (disk.used, disk.left) = (!disk.failed, disk.failed);
+            let works = !disk.failed && !disk.gone;
+            (disk.used, disk.left) = (works, !works);
         }
         let node = &mut self.nodes[at];
         (node.alive, node.host, node.unanswered) = (true, true, false);
@@ -190,6 +200,18 @@ impl World {
 
     pub fn run_nodes(&mut self) {
         for at in 0..self.nodes.len() {
+            if self.nodes[at].gone {
+                continue;
+            }
+            if self.log.state.removed_nodes.contains(&self.nodes[at].id) {
+                note!(self, "n{} is not needed any more", at + 1);
+                self.nodes[at].gone = true;
+                self.stop_node(at);
+                for disk in self.nodes[at].disks.clone() {
+                    self.give_back(disk);
+                }
+                continue;
+            }
             if !self.nodes[at].alive {
                 if self.restarts && self.now >= self.nodes[at].start_at {
                     self.start_node(at);
@@ -201,6 +223,12 @@ impl World {
                 }
             }
         }
+    }
+
+    /// A removed disk is used for something else.
+    pub fn give_back(&mut self, at: usize) {
+        let disk = &mut self.disks[at];
+        (disk.gone, disk.used, disk.sync, disk.store) = (true, false, None, Store::default());
     }
 
     fn keep_lease(&mut self, at: usize) {

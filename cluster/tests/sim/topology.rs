@@ -42,7 +42,7 @@ pub struct FaultPlan {
     pub join: u64,
     /// A volume is deleted, and another one made.
     pub volumes: u64,
-    /// The youngest node is drained, or takes data again.
+    /// The youngest node, or a disk of it, is drained, takes data again, or is removed.
     pub drain: u64,
     /// Steps after which others take the place of a disk that is down; 0 for never.
     pub out: Time,

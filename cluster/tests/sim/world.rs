@@ -467,7 +467,11 @@ impl World {
     fn is_settled(&self) -> bool {
         let last = self.log.views.len() - 1;
         self.complete()
-            && self.nodes.iter().enumerate().all(|(at, n)| self.serves(at) && n.applied == last)
+            && self
+                .nodes
+                .iter()
+                .enumerate()
+                .all(|(at, n)| n.gone || self.serves(at) && n.applied == last)
             && self.volumes.iter().all(|v| self.volume_settled(v))
             && self.jobs.is_empty()
             && self.stragglers.is_empty()
@@ -478,7 +482,8 @@ impl World {
     pub fn complete(&self) -> bool {
         self.log.state.next_ring.is_none()
             && self.log.state.nodes.values().all(|n| !n.draining)
-            && self.disks.iter().all(|d| self.log.state.disk_up(d.id))
+            && self.log.state.disks.values().all(|d| !d.retiring)
+            && self.disks.iter().all(|d| d.gone || self.log.state.disk_up(d.id))
             && self
                 .log
                 .state
@@ -490,8 +495,8 @@ impl World {
     /// Every node serves, and every disk is complete.
     pub fn all_well(&self) -> bool {
         self.complete()
-            && self.disks.iter().all(|d| d.used)
-            && (0..self.nodes.len()).all(|at| self.serves(at))
+            && self.disks.iter().all(|d| d.gone || d.used)
+            && (0..self.nodes.len()).all(|at| self.nodes[at].gone || self.serves(at))
     }
 
     fn step(&mut self) -> Result<(), String> {
