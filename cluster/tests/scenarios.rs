@@ -46,6 +46,7 @@ macro_rules! scripts {
 
 scripts! {
     asymmetric_cut,
+    deaf_gateway,
     deleted_while_away,
     fewer_zones_than_copies,
     frozen_gateway,

@@ -26,6 +26,8 @@ const TEND: Duration = Duration::from_secs(5);
 const CHECK: Duration = Duration::from_secs(3600);
 /// Rates are measured over this time.
 const RATE_WINDOW: Duration = Duration::from_secs(10);
+/// How often a step that waits for bandwidth looks whether there is more by now.
+const LIMIT_AGAIN: Duration = Duration::from_millis(500);
 /// A disk that was full takes part again when this share of it is free, and this many bytes: for want
 /// of one object's worth it left.
 const ROOM: u64 = 20;
@@ -73,8 +75,8 @@ struct Meter {
     recent: VecDeque<(Instant, u64)>,
     /// When copying began, and the slots that were done then.
     copying: Option<(Instant, u64)>,
-    /// The operator's bandwidth allows the next step then.
-    not_before: Instant,
+    /// Bytes that moved faster than the operator's bandwidth allows, as of a moment.
+    ahead: (f64, Instant),
     full: bool,
 }
 
@@ -84,20 +86,26 @@ impl Meter {
             moved: Moved::default(),
             recent: VecDeque::new(),
             copying: None,
-            not_before: Instant::now(),
+            ahead: (0.0, Instant::now()),
             full: false,
         }
     }
 
-    fn note(&mut self, moved: Moved, bandwidth: u64) {
-        let now = Instant::now();
+    fn note(&mut self, moved: Moved, now: Instant) {
         self.moved += moved;
         self.recent.push_back((now, moved.bytes));
         self.forget_old(now);
-        if bandwidth > 0 {
-            let time = Duration::from_secs_f64(moved.bytes as f64 / bandwidth as f64);
-            self.not_before = self.not_before.max(now) + time;
-        }
+        self.ahead.0 += moved.bytes as f64;
+    }
+
+    /// How long the next step has to wait at `bandwidth` bytes per second, 0 for any. An operator may change that
+    /// at any time, so ask again now and then.
+    fn wait(&mut self, bandwidth: u64, now: Instant) -> Duration {
+        let (ahead, at) = self.ahead;
+        let paid = now.saturating_duration_since(at).as_secs_f64() * bandwidth as f64;
+        let ahead = if bandwidth == 0 { 0.0 } else { (ahead - paid).max(0.0) };
+        self.ahead = (ahead, now);
+        Duration::try_from_secs_f64(ahead / bandwidth.max(1) as f64).unwrap_or(Duration::MAX)
     }
 
     fn forget_old(&mut self, now: Instant) {
@@ -311,11 +319,11 @@ async fn step(
     action: Action,
     view: &View,
 ) -> Result<(), Failure> {
-    let bandwidth = view.settings.recovery_max_bandwidth;
     loop {
-        let limit = lock(&entry.meter).not_before.saturating_duration_since(Instant::now());
+        let bandwidth = node.cluster.view().settings.recovery_max_bandwidth;
+        let limit = lock(&entry.meter).wait(bandwidth, Instant::now());
         if !limit.is_zero() {
-            sleep(limit).await;
+            sleep(limit.min(LIMIT_AGAIN)).await;
             continue;
         }
         match node.recoveries.pacer.begin(Instant::now()) {
@@ -329,7 +337,7 @@ async fn step(
     let ended = Instant::now();
     node.recoveries.pacer.end(ended, ended - began);
     let moved = outcome.unwrap_or(Err(Failure::Disk))?;
-    lock(&entry.meter).note(moved, bandwidth);
+    lock(&entry.meter).note(moved, ended);
     Ok(())
 }
 
@@ -472,5 +480,28 @@ fn repair(node: &Node, disk: &Disk, view: &View) {
         if !repaired {
             tracing::warn!(%key, disk = %disk.id, "no whole replica at the same version to repair from");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_bandwidth_counts_at_once() {
+        let mut meter = Meter::new();
+        let begin = meter.ahead.1;
+        let at = |seconds| begin + Duration::from_secs(seconds);
+        assert_eq!(meter.wait(1000, at(0)), Duration::ZERO);
+        meter.note(Moved { bytes: 100_000, ..Moved::default() }, at(0));
+        assert_eq!(meter.wait(1000, at(0)), Duration::from_secs(100));
+        assert_eq!(meter.wait(1000, at(40)), Duration::from_secs(60));
+        assert_eq!(meter.wait(10_000, at(40)), Duration::from_secs(6));
+        assert_eq!(meter.wait(10_000, at(43)), Duration::from_secs(3));
+        assert_eq!(meter.wait(0, at(43)), Duration::ZERO);
+        // Time without steps is not saved up.
+        assert_eq!(meter.wait(1000, at(500)), Duration::ZERO);
+        meter.note(Moved { bytes: 1000, ..Moved::default() }, at(500));
+        assert_eq!(meter.wait(1000, at(500)), Duration::from_secs(1));
     }
 }

@@ -181,10 +181,12 @@ impl World {
             return;
         }
         // The daemon gives a gateway the newest view of its node before each request, because it may answer a
-        // read of what was never written by itself. Writes may come with an old one here: the replicas refuse.
-        let known = self.nodes[self.instances[at].node].applied;
-        let reads = self.instances[at].held.iter().any(|(op, _)| matches!(op, Op::Read { .. }));
-        if reads && self.instances[at].view_at < known {
+        // read of what was never written by itself, when another one has the volume. Whatever else comes with
+        // an old view the replicas refuse.
+        let instance = &self.instances[at];
+        let old = self.volumes[instance.volume].active != Some(at);
+        let reads = instance.held.iter().any(|(op, _)| matches!(op, Op::Read { .. }));
+        if old && reads && instance.view_at < self.nodes[instance.node].applied {
             self.take_view(at);
         }
         let instance = &mut self.instances[at];

@@ -182,6 +182,8 @@ impl Script {
             }
             ["full", disk] => self.set_full(disk, 1000),
             ["space", disk] => self.set_full(disk, 0),
+            ["deaf", volume] => self.deafen(volume, Time::MAX),
+            ["hear", volume] => self.deafen(volume, 0),
             ["wait-full", disk] => {
                 let id = self.disk(disk)?.1;
                 self.until("it says so", |w| w.log.state.disks.get(&id).is_some_and(|d| d.full))
@@ -228,6 +230,15 @@ impl Script {
         self.world.disks[at].store.full = full;
         self.world.disks[at].trouble_until = Time::MAX; // or until the script ends
         self.world.full_at = Some(Time::MAX);
+        Ok(())
+    }
+
+    fn deafen(&mut self, volume: &str, until: Time) -> Done {
+        let at = self.find(volume)?;
+        let Some(active) = self.world.volumes[at].active else {
+            return Err(Problem::Run("nobody serves the volume".into()));
+        };
+        self.world.instances[active].deaf_until = until;
         Ok(())
     }
 
