@@ -34,7 +34,7 @@ import threading
 import time
 
 from bench import first_line, free_port, run_client, wait_for
-from bench_store import write_document
+from bench_store import report
 
 MIB = 1 << 20
 BLOCK = 4096
@@ -527,16 +527,7 @@ def main():
         finally:
             shutil.rmtree(directory, ignore_errors=True)
     lines += table(rows)
-    if o.json:
-        text = json.dumps({"machine": lines[0], "command": lines[2], "rows": [row.json() for row in rows]}, indent=1)
-        if o.json == "-":
-            print(text)
-        else:
-            pathlib.Path(o.json).write_text(text + "\n")
-    if o.json != "-":
-        print("\n".join(lines))
-    if o.write:
-        write_document(o.root / "docs/performance.md", lines, MARKERS, "Nodes that die, return and recover")
+    report(o, lines, rows, MARKERS, "Nodes that die, return and recover")
 
 
 if __name__ == "__main__":

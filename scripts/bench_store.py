@@ -383,6 +383,20 @@ def machine(o, parents, load):
     ]
 
 
+def report(o, lines, rows, markers, title):
+    """Prints the results, and writes them where the options say so; lines is the table with its head."""
+    if o.json:
+        text = json.dumps({"machine": lines[0], "command": lines[2], "rows": [row.json() for row in rows]}, indent=1)
+        if o.json == "-":
+            print(text)
+        else:
+            pathlib.Path(o.json).write_text(text + "\n")
+    if o.json != "-":
+        print("\n".join(lines))
+    if o.write:
+        write_document(o.root / "docs/performance.md", lines, markers, title)
+
+
 def write_document(path, lines, markers, title):
     """Puts the lines between the markers, which are added under the title if they are not there."""
     begin, end = markers
@@ -473,16 +487,7 @@ def main():
         print(f"warning: the load average is {load:.1f}: other work is running, ratios of rates will say little", file=sys.stderr)
     rows = measure(o, parents)
     lines = machine(o, parents, load) + table(rows)
-    if o.json:
-        text = json.dumps({"machine": lines[0], "command": lines[2], "rows": [row.json() for row in rows]}, indent=1)
-        if o.json == "-":
-            print(text)
-        else:
-            pathlib.Path(o.json).write_text(text + "\n")
-    if o.json != "-":
-        print("\n".join(lines))
-    if o.write:
-        write_document(o.root / "docs/performance.md", lines, MARKERS, "The disk store")
+    report(o, lines, rows, MARKERS, "The disk store")
 
 
 if __name__ == "__main__":

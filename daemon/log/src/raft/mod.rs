@@ -55,7 +55,7 @@ struct Shared {
     network: Network,
     options: Arc<Options>,
     status: watch::Sender<LogStatus>,
-    /// The nodes last said to be up; `None` before the first time.
+    /// What was last said of the nodes; `None` before the first time.
     said: watch::Sender<Option<Said>>,
     inflight: Semaphore,
     /// Held while this node, as leader, changes the members.
