@@ -34,26 +34,27 @@ const CLOSE: Duration = Duration::from_secs(5);
 /// What a store consists of.
 const STORE_FILES: [&str; 6] = ["superblock", "index", "data", "sums", "log", "lock"];
 
-/// What the leader does until the node stops.
+/// What the leader does until the node stops. Who is down every node watches, so that another leader
+/// does not begin to wait anew.
 pub async fn lead(node: Arc<Node>) {
     let (mut disks, mut nodes) = (Absent::default(), Absent::default());
     let mut refused: Option<Instant> = None;
     loop {
         sleep(LEAD_EVERY).await;
-        if !node.log.is_confirmed_leader() {
-            (disks, nodes, refused) = (Absent::default(), Absent::default(), None);
-            continue;
-        }
         let now = Instant::now();
         let (due, gone, up) = {
             let state = node.cluster.state();
             let interval = state.settings.down_out_interval;
             let due = disks.due(absent_disks(&state), interval, now);
-            let down = state.nodes.iter().filter(|(_, n)| !n.up).map(|(id, _)| id.0);
+            let down = state.nodes.iter().filter(|(_, n)| !n.up).map(|(id, n)| (id.0, n.entered));
             let gone = nodes.due(down, interval, now);
             let up = state.nodes.iter().filter(|(_, n)| n.up).map(|(id, _)| id.0);
             (due, gone, up.collect::<Vec<_>>())
         };
+        if !node.log.is_confirmed_leader() {
+            refused = None;
+            continue;
+        }
         node.log.reconcile_members(&up, &gone);
         if !due.is_empty() && refused.is_none_or(|at| at.elapsed() >= REFUSED_FOR) {
             tracing::warn!(?due, "disks stayed down for long; others take their place");
@@ -70,16 +71,17 @@ pub async fn lead(node: Arc<Node>) {
     }
 }
 
-/// The disks that are down and whose place nobody has taken.
-fn absent_disks(state: &ClusterState) -> impl Iterator<Item = DiskId> {
+/// The disks that are down and whose place nobody has taken, and when they last came.
+fn absent_disks(state: &ClusterState) -> impl Iterator<Item = (DiskId, Epoch)> {
     let waits =
         |(id, disk): &(&DiskId, &sheepdog_cluster::state::Disk)| !state.disk_up(**id) && !disk.out;
-    state.disks.iter().filter(waits).map(|(id, _)| *id)
+    state.disks.iter().filter(waits).map(|(id, disk)| (*id, disk.entered))
 }
 
-/// Since when the leader has seen each of them down. A new leader begins anew.
+/// Since when this node has seen each of them down, by when they came before: it may have come and gone
+/// again between two looks. A daemon that starts begins anew.
 #[derive(Debug)]
-struct Absent<T>(BTreeMap<T, Instant>);
+struct Absent<T>(BTreeMap<(T, Epoch), Instant>);
 
 impl<T> Default for Absent<T> {
     fn default() -> Self {
@@ -89,13 +91,18 @@ impl<T> Default for Absent<T> {
 
 impl<T: Ord + Copy> Absent<T> {
     /// Those of `down` that have been so for `interval` seconds; 0 is never.
-    fn due(&mut self, down: impl Iterator<Item = T>, interval: u64, now: Instant) -> Vec<T> {
+    fn due(
+        &mut self,
+        down: impl Iterator<Item = (T, Epoch)>,
+        interval: u64,
+        now: Instant,
+    ) -> Vec<T> {
         let seen = std::mem::take(&mut self.0);
-        self.0 = down.map(|id| (id, seen.get(&id).copied().unwrap_or(now))).collect();
+        self.0 = down.map(|life| (life, seen.get(&life).copied().unwrap_or(now))).collect();
         let interval = Duration::from_secs(interval);
         let passed = |since: Instant| now.saturating_duration_since(since) >= interval;
         let due = self.0.iter().filter(|(_, since)| !interval.is_zero() && passed(**since));
-        due.map(|(id, _)| *id).collect()
+        due.map(|((id, _), _)| *id).collect()
     }
 }
 
@@ -369,9 +376,8 @@ mod tests {
         assert!(due(&state, 1599).is_empty());
         assert_eq!(due(&state, 1600), [DiskId(102)]);
         assert_eq!(due(&state, 1630), [DiskId(102)], "as long as nobody took its place");
-        // It came back in between: the time begins anew.
+        // It came back in between, which nobody saw: the time begins anew.
         enter(&mut state, 2, 2);
-        assert!(due(&state, 1700).is_empty());
         down(&mut state, 2, 2);
         assert!(due(&state, 1701).is_empty());
         assert!(due(&state, 2300).is_empty());
@@ -385,7 +391,7 @@ mod tests {
         let (mut absent, begin) = (Absent::default(), Instant::now());
         for seconds in [0, 1 << 30] {
             let now = begin + Duration::from_secs(seconds);
-            assert!(absent.due([1].into_iter(), 0, now).is_empty());
+            assert!(absent.due([(1, Epoch(1))].into_iter(), 0, now).is_empty());
         }
     }
 
