@@ -122,6 +122,13 @@ pub trait Sink: Send + Sync {
 
     /// A burst of completions ended: tell the client (interrupt, socket write).
     fn flush(&self);
+
+    /// Whether a client still waits for its requests, as far as can be told now. A device asks, seldom, before
+    /// it begins a request late: what a client that is gone has left must not be written after somebody
+    /// else has used the volume.
+    fn is_wanted(&self) -> bool {
+        true
+    }
 }
 
 /// The duty to complete one request exactly once. Dropping it completes the request with
@@ -144,6 +151,12 @@ impl Token {
             sink.complete(self.tag, completion);
             burst.note(sink);
         }
+    }
+
+    /// Whether somebody still waits for this request: see [`Sink::is_wanted`].
+    #[must_use]
+    pub fn is_wanted(&self) -> bool {
+        self.sink.as_ref().is_some_and(|sink| sink.is_wanted())
     }
 }
 
@@ -207,6 +220,10 @@ pub trait Block: Send + Sync {
     /// Takes all requests out of `batch`. They may complete in any order, on any thread, also
     /// before this returns. Requests in flight together have no order among each other.
     fn submit(&self, batch: &mut Vec<Request>);
+
+    /// A client is gone: its requests are no longer wanted, and those that wait for something may end now,
+    /// with an error that nobody sees.
+    fn client_gone(&self) {}
 }
 
 #[cfg(test)]

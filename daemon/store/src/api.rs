@@ -106,6 +106,8 @@ pub struct BlockRange {
 impl BlockRange {
     /// All blocks of an object.
     pub const ALL: Self = Self { first: 0, count: BLOCKS_PER_OBJECT as u16 };
+    /// Of a change that is of the version alone.
+    pub(crate) const NONE: Self = Self { first: 0, count: 0 };
 
     /// `count` blocks of 4 KiB from `first`; `None` if there are none or some lie past the object.
     #[must_use]
@@ -197,6 +199,8 @@ pub enum Payload<'a> {
         /// Give the blocks' space back to the file system.
         release: bool,
     },
+    /// All blocks stay as they are, only the version changes. Full disks take it.
+    Nothing,
 }
 
 /// What became of an accepted write.

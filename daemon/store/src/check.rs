@@ -11,7 +11,7 @@ use crate::states::States;
 /// A write whose range is inside the object and whose bytes match their checksums.
 pub(crate) struct CheckedWrite<'a> {
     pub(crate) range: BlockRange,
-    /// Empty if the blocks are cleared.
+    /// Empty if the blocks are cleared, or there are none.
     pub(crate) crcs: &'a [u32],
     pub(crate) bytes: &'a [u8],
 }
@@ -21,6 +21,7 @@ impl<'a> CheckedWrite<'a> {
         let (count, crcs, bytes): (usize, &[u32], &[u8]) = match payload {
             Payload::Data { bytes, crcs } => (crcs.len(), crcs, bytes),
             Payload::Zero { count, .. } => (usize::from(count), &[], &[]),
+            Payload::Nothing => return Ok(Self { range: BlockRange::NONE, crcs: &[], bytes: &[] }),
         };
         let range = BlockRange::new(first, count)
             .ok_or(WriteError::Invalid("no blocks, or blocks past the object's end"))?;

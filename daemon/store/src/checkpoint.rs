@@ -71,6 +71,8 @@ struct Job {
     keys: Vec<LayerKey>,
     /// They are in the log before this LSN.
     to: u64,
+    /// Blocks of them that went straight to slabs.
+    direct: u64,
 }
 
 /// States and checksums of a layer's blocks.
@@ -137,7 +139,8 @@ impl Engine {
             log.generation += 1;
             log.applying = std::mem::take(&mut log.waiting);
             let keys = std::mem::take(&mut log.dirty);
-            Job { generation: log.generation, keys, to: log.end }
+            let direct = self.direct_written.load(SeqCst);
+            Job { generation: log.generation, keys, to: log.end, direct }
         };
         let result = self.run(&mut checkpointer, &job);
         let stuck = result.as_ref().err().map(|error| self.give_back(&job, error));
@@ -145,7 +148,8 @@ impl Engine {
         let applied = std::mem::take(&mut log.applying);
         if stuck.is_none() {
             self.applied_to.store(job.to, SeqCst);
-            self.update_limit(checkpointer.blocks);
+            self.direct_written.fetch_sub(job.direct, SeqCst);
+            self.update_limit(&checkpointer);
             log.start = job.to;
         } else {
             log.waiting += applied;
@@ -471,15 +475,15 @@ impl Engine {
     }
 
     /// Sets how many blocks may be stored: the capacity given, or what the file system offers
-    /// beyond `applied` blocks, less a reserve for the store's own tables.
-    pub(crate) fn update_limit(&self, applied: u64) {
-        self.applied_blocks.store(applied, SeqCst);
+    /// beyond those in the slabs, less a reserve for the store's own tables.
+    pub(crate) fn update_limit(&self, checkpointer: &Checkpointer) {
+        let held = checkpointer.blocks + self.direct_written.load(SeqCst);
         let block = BLOCK_SIZE as u64;
         let given = self.options.capacity.map_or(u64::MAX, |bytes| bytes / block);
         let offered = match self.medium.space() {
             Ok((total, available)) => {
                 let reserve = (total / 64).clamp(1 << 20, 256 << 20);
-                applied + available.saturating_sub(reserve) / block
+                held + available.saturating_sub(reserve) / block
             }
             Err(error) => {
                 tracing::warn!(disk = %self.ids.disk, %error, "cannot ask for free space");

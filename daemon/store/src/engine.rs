@@ -74,8 +74,8 @@ pub(crate) struct Engine {
     pub(crate) checkpointer: Mutex<Checkpointer>,
     /// Data blocks that may be stored in all.
     pub(crate) limit: AtomicU64,
-    /// Data blocks in slabs, as of the last checkpoint.
-    pub(crate) applied_blocks: AtomicU64,
+    /// Data blocks that went straight to slabs, of which no checkpoint has heard.
+    pub(crate) direct_written: AtomicU64,
     /// Set once, when the log can no longer be trusted to become durable.
     pub(crate) failed: OnceLock<Arc<str>>,
     pub(crate) stuck: Mutex<Option<Stuck>>,
@@ -119,9 +119,14 @@ impl Engine {
             version,
             ..Header::control(Kind::Data)
         };
-        if let Payload::Zero { absent, release, .. } = payload {
-            header.kind = Kind::Clear;
-            header.flags = (u8::from(absent) * FLAG_ABSENT) | (u8::from(release) * FLAG_RELEASE);
+        match payload {
+            Payload::Data { .. } => {}
+            Payload::Zero { absent, release, .. } => {
+                header.kind = Kind::Clear;
+                header.flags =
+                    (u8::from(absent) * FLAG_ABSENT) | (u8::from(release) * FLAG_RELEASE);
+            }
+            Payload::Nothing => header.kind = Kind::Clear,
         }
         let need = Need::of(&header, header.count);
         let log = self.lock_with_room(need, || self.check_write(key, prev, version, &write))?;
@@ -180,10 +185,13 @@ impl Engine {
         if fits() { Ok(()) } else { Err(WriteError::NoSpace) }
     }
 
-    /// Others may have freed space or taken it, or the file system may have grown.
+    /// Others may have freed space or taken it, or the file system may have grown. Not amid a
+    /// checkpoint: part of what it brings to the slabs is there, and counts twice.
     fn look_for_space(&self) {
-        if lock(&self.stuck).is_none() {
-            self.update_limit(self.applied_blocks.load(SeqCst));
+        if let Ok(checkpointer) = self.checkpointer.try_lock()
+            && lock(&self.stuck).is_none()
+        {
+            self.update_limit(&checkpointer);
         }
     }
 
@@ -322,7 +330,16 @@ impl Engine {
     ) -> Result<(), WriteError> {
         let durable = self.durable.load(SeqCst);
         let appended = log.append(&self.ring, durable, header, tables, data);
-        appended.map_err(|error| self.no_space_or_failed("cannot write the log", &error))
+        appended.map_err(|error| self.no_space_or_failed("cannot write the log", &error))?;
+        self.note_direct(header);
+        Ok(())
+    }
+
+    /// Counts the blocks of a record that are in a slab already.
+    pub(crate) fn note_direct(&self, header: &Header) {
+        if header.is_direct() {
+            self.direct_written.fetch_add(u64::from(header.count), SeqCst);
+        }
     }
 
     /// Puts the store out of service for writes.

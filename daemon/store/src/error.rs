@@ -21,7 +21,7 @@ pub enum OpenError {
     #[error("{} already holds a store; it was left as it is", .0.display())]
     Exists(PathBuf),
     /// The store was written by a newer release, or by one from before the first release.
-    #[error("the store has format version {found}, this release reads version {supported} only{}", if found > supported { ": upgrade" } else { "" })]
+    #[error("the store has format version {found}, this release reads version {supported} only{}", if found > supported { ": upgrade sheep on this node (docs/upgrade.md)" } else { "" })]
     OtherFormat {
         /// Version on the disk.
         found: u32,

@@ -115,6 +115,21 @@ impl Store {
         Self::start(dir, options, lock)
     }
 
+    /// Removes the store in `dir`, if there is one, with all that is in `dir`. Interrupted, it leaves what is no
+    /// store: that can be removed again.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn remove(dir: &Path) -> std::io::Result<()> {
+        let absent = |error: &std::io::Error| error.kind() == std::io::ErrorKind::NotFound;
+        for removed in
+            [std::fs::remove_file(dir.join(open::SUPERBLOCK)), std::fs::remove_dir_all(dir)]
+        {
+            removed.or_else(|error| if absent(&error) { Ok(()) } else { Err(error) })?;
+        }
+        Ok(())
+    }
+
     fn start(dir: &Path, options: Options, lock: LockFile) -> Result<Self, OpenError> {
         let medium =
             Directory::new(dir, &options).map_err(OpenError::io("cannot start the I/O engine"))?;

@@ -24,33 +24,37 @@ pub(crate) struct LockFile {
 impl LockFile {
     /// Takes the lock or tells who has it.
     pub(crate) fn take(dir: &Path) -> Result<Self, OpenError> {
-        let io = || OpenError::io("cannot use the lock file");
         let file = OpenOptions::new()
             .read(true)
             .write(true)
             .create(true)
             .truncate(false)
             .open(dir.join("lock"))
-            .map_err(io())?;
-        let begin = Instant::now();
-        loop {
-            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => break,
-                Err(Errno::WOULDBLOCK) => {
-                    let pid = holder(&file);
-                    // The kernel closes the files of a process that had an I/O ring some time after its end.
-                    if begin.elapsed() > PATIENCE || pid.is_none_or(is_there) {
-                        return Err(OpenError::Locked { dir: dir.into(), pid });
-                    }
-                    thread::sleep(PAUSE);
-                }
-                Err(error) => return Err(io()(error.into())),
-            }
-        }
+            .map_err(OpenError::io("cannot use the lock file"))?;
+        lock(&file, FlockOperation::NonBlockingLockExclusive, dir)?;
         // In place and of one length, so that a store on a full disk can be opened. The number is
         // a help for people; without it the lock holds too.
         let _ = file.write_all_at(format!("{:<10}\n", std::process::id()).as_bytes(), 0);
         Ok(Self { _file: file })
+    }
+}
+
+/// Locks the file, exclusively or shared, or tells who has it.
+pub(crate) fn lock(file: &File, how: FlockOperation, dir: &Path) -> Result<(), OpenError> {
+    let begin = Instant::now();
+    loop {
+        match flock(file, how) {
+            Ok(()) => return Ok(()),
+            Err(Errno::WOULDBLOCK) => {
+                let pid = holder(file);
+                // The kernel closes the files of a process that had an I/O ring some time after its end.
+                if begin.elapsed() > PATIENCE || pid.is_none_or(is_there) {
+                    return Err(OpenError::Locked { dir: dir.into(), pid });
+                }
+                thread::sleep(PAUSE);
+            }
+            Err(error) => return Err(OpenError::io("cannot use the lock file")(error.into())),
+        }
     }
 }
 

@@ -151,7 +151,7 @@ pub(crate) fn open(
         slabs_syncing: Mutex::default(),
         checkpointer: Mutex::new(checkpointer),
         limit: AtomicU64::new(0),
-        applied_blocks: AtomicU64::new(0),
+        direct_written: AtomicU64::new(0),
         failed: OnceLock::new(),
         stuck: Mutex::default(),
         signals: Signals::default(),
@@ -254,7 +254,7 @@ impl Engine {
         if !mark.clean {
             self.punch_free();
         }
-        self.update_limit(checkpointer.blocks);
+        self.update_limit(&checkpointer);
         Ok(())
     }
 
@@ -298,6 +298,7 @@ impl Engine {
             records += 1;
             end = record.header.lsn + record.header.record_len();
             self.replay_record(&mut log, &record)?;
+            self.note_direct(&record.header);
         }
         let bytes = end - mark.log_start;
         tracing::info!(disk = %self.ids.disk, records, bytes, "the log was replayed");

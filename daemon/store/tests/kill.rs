@@ -85,6 +85,7 @@ fn kill_again_and_again(name: &str, dir: &Path, rounds: u64) {
 /// What was acknowledged is there, also when the store is opened once more.
 fn check_twice(history: &History, dir: &Path, rng: &mut Rng) -> Found {
     let bounds = history.acknowledged();
+    let _turn = common::no_store_at_a_start();
     let store = Store::open(dir, opening_options(rng)).expect("opens after SIGKILL");
     let found = history.check(&store, &bounds);
     store.close().expect("the log is applied");

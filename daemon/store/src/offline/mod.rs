@@ -22,8 +22,7 @@ use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
-use rustix::fs::{FlockOperation, OFlags, flock};
-use rustix::io::Errno;
+use rustix::fs::{FlockOperation, OFlags};
 use sheepdog_types::LayerKey;
 
 pub use check::check;
@@ -35,6 +34,7 @@ pub(crate) use check::examine;
 use crate::api::StoreIds;
 use crate::error::OpenError;
 use crate::format::{FORMAT, Mark, SECTOR, SUPER_PART, SuperError, Superblock};
+use crate::lockfile::lock;
 use crate::log::segment_name;
 use crate::open::{DATA, INDEX, SUMS, SUPERBLOCK};
 
@@ -286,16 +286,8 @@ impl ReadLock {
             }
             other => other.map_err(OpenError::io("cannot open the lock file"))?,
         };
-        match flock(&file, FlockOperation::NonBlockingLockShared) {
-            Ok(()) => Ok(Self { _file: Some(file) }),
-            Err(Errno::WOULDBLOCK) => {
-                let mut holder = [0; 16];
-                let len = file.read_at(&mut holder, 0).unwrap_or(0);
-                let holder = std::str::from_utf8(&holder[..len]).unwrap_or_default();
-                Err(OpenError::Locked { dir: dir.into(), pid: holder.trim().parse().ok() })
-            }
-            Err(error) => Err(OpenError::io("cannot lock the store")(error.into())),
-        }
+        lock(&file, FlockOperation::NonBlockingLockShared, dir)?;
+        Ok(Self { _file: Some(file) })
     }
 }
 

@@ -126,6 +126,9 @@ pub(super) struct Anatomy {
     structures: Vec<Structure>,
     /// Layers that left their slabs, as the log says.
     dropped: BTreeSet<LayerKey>,
+    /// Blocks that are read from the log, even where their slab has the same bytes: a patch may
+    /// give again what there is.
+    logged: BTreeSet<(LayerKey, u16)>,
 }
 
 /// The block of the model that has these bytes, in the same place of its object.
@@ -139,7 +142,8 @@ fn reader(model: &Model, block: u16, bytes: &[u8]) -> Option<(LayerKey, u16)> {
 
 impl Anatomy {
     pub(super) fn of(medium: &SimMedium, model: &Model) -> Self {
-        let mut this = Self { structures: Vec::new(), dropped: BTreeSet::new() };
+        let (dropped, logged) = (BTreeSet::new(), BTreeSet::new());
+        let mut this = Self { structures: Vec::new(), dropped, logged };
         let sector = |file: &str, offset| {
             let bytes = medium.bytes(file, offset, SECTOR);
             *bytes.first_chunk::<SECTOR>().expect("a sector")
@@ -212,8 +216,10 @@ impl Anatomy {
             let tables = medium.bytes(&file, offset + HEADER as u64, header.table_len());
             for block in blocks_of(&header, &tables) {
                 let bytes = medium.bytes(&file, at, BLOCK_SIZE);
+                let reader = reader(model, block, &bytes);
+                self.logged.extend(reader);
                 let structure = self.add(&file, at, BLOCK_SIZE as u64, Kind::RecordData);
-                structure.blocks = reader(model, block, &bytes).into_iter().collect();
+                structure.blocks = reader.into_iter().collect();
                 at += BLOCK_SIZE as u64;
             }
             self.add(&file, at, offset + len - at, Kind::RecordPadding);
@@ -247,7 +253,7 @@ impl Anatomy {
             if bytes.iter().all(|byte| *byte == 0) {
                 continue;
             }
-            let reader = reader(model, block, &bytes);
+            let reader = reader(model, block, &bytes).filter(|read| !self.logged.contains(read));
             let is_data = |states: &crate::states::States| states.get(block) == BlockState::Data;
             let base = committed.filter(|layer| is_data(&layer.states));
             let left = || committed.is_some_and(|layer| self.dropped.contains(&layer.key));

@@ -85,6 +85,8 @@ fn random_op(rng: &mut Rng, now: &Model, large: bool) -> Op {
             Op::Install { key, layer: ModelLayer { blocks, ..layer } }
         }
         Op::Patch { key, mut layer, .. } => {
+            // With the up to ten that it has, one record of these still fits into a segment.
+            let tags = tags.take(usize::from(LARGE_BLOCKS));
             layer.blocks.extend((large_first..).zip(tags.map(Block::Data)));
             Op::Patch { key, layer, again: Vec::new() }
         }

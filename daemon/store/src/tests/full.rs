@@ -2,12 +2,15 @@
 //! reading, and comes back.
 
 use std::io::ErrorKind;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use rustix::io::Errno;
 
 use super::sim::{Fault, SimMedium};
-use super::support::{Model, Op, check_equal, key, new_sim, open_sim, version};
+use super::support::{Block, Model, ModelLayer, Op, check_equal, key, new_sim, open_sim, version};
 use crate::checkpoint::GROW_SLABS;
+use crate::engine::Engine;
 use crate::error::{ReadError, WriteError};
 use crate::medium::{Medium, VFile};
 
@@ -16,7 +19,7 @@ fn write(index: u32, seq: u64, tags: &[u64]) -> Op {
     Op::Write { key: key(1, index, 0), version: version(1, seq), first: 0, tags }
 }
 
-fn apply(engine: &crate::engine::Engine, model: &mut Model, op: &Op) -> Result<(), WriteError> {
+fn apply(engine: &Engine, model: &mut Model, op: &Op) -> Result<(), WriteError> {
     op.apply_to_store(engine, model)?;
     op.apply_to_model(model);
     Ok(())
@@ -79,6 +82,13 @@ fn i11_what_is_discarded_of_a_new_layer_needs_no_space() {
         for index in GROW_SLABS..GROW_SLABS + 3 {
             apply(&engine, &mut model, &discard(index)).unwrap();
         }
+        // A version alone needs none either, of an old layer or a new one.
+        for (index, seq) in [(0, 2), (GROW_SLABS, 2), (GROW_SLABS + 5, 1)] {
+            let (key, version) = (key(1, index, 0), version(1, seq));
+            let (first, count, absent, release) = (0, 0, false, false);
+            let touch = Op::Clear { key, version, first, count, absent, release };
+            apply(&engine, &mut model, &touch).unwrap();
+        }
         apply(&engine, &mut model, &Op::Delete { key: key(1, GROW_SLABS + 1, 0) }).unwrap();
         check_equal(&engine, &model).unwrap();
         // The log keeps it until there is space.
@@ -97,7 +107,7 @@ fn i11_what_is_discarded_of_a_new_layer_needs_no_space() {
         );
         medium.set_fault(None);
         engine.checkpoint().unwrap();
-        apply(&engine, &mut model, &write(GROW_SLABS, 2, &[8])).unwrap();
+        apply(&engine, &mut model, &write(GROW_SLABS, 3, &[8])).unwrap();
         engine.shut_down().unwrap();
         drop(engine);
         check_equal(&open_sim(&medium).unwrap(), &model).unwrap();
@@ -226,6 +236,61 @@ fn i11_a_mark_that_may_count_is_not_undone_by_later_checkpoints() {
         medium.lose(512, &mut |_| 0);
         check_equal(&open_sim(&medium).unwrap(), &model).unwrap();
     }
+}
+
+/// What the file system has left is told right also when much went straight to slabs, or is on its
+/// way to them, and no checkpoint has counted it.
+#[test]
+fn i11_space_is_counted_once() {
+    const TOTAL: u64 = 64 << 20;
+    let medium = SimMedium::default();
+    medium.offer(TOTAL);
+    let mut engine = Arc::new(new_sim(&medium));
+    let mut model = Model::new();
+    let capacity = TOTAL - (1 << 20); // less the reserve
+    let whole = |engine: &Engine| assert_eq!(engine.usage().capacity, capacity);
+    let install = |index: u32, blocks: u16| {
+        let blocks = (0..blocks).map(|block| (block, Block::Data(u64::from(block) + 1))).collect();
+        Op::Install { key: key(1, index, 0), layer: ModelLayer { version: version(1, 1), blocks } }
+    };
+    for index in 0..15 {
+        whole(&engine);
+        apply(&engine, &mut model, &install(index, 1024)).unwrap();
+    }
+    apply(&engine, &mut model, &write(15, 1, &[7; 4])).unwrap();
+    whole(&engine);
+    engine.sync_log().unwrap();
+    drop(engine);
+    engine = Arc::new(open_sim(&medium).unwrap());
+    whole(&engine);
+    let (weak, looks) = (Arc::downgrade(&engine), Arc::new(AtomicUsize::new(0)));
+    let looked = Arc::clone(&looks);
+    medium.set_hook(Some(Arc::new(move |_: &str| {
+        if let Some(engine) = weak.upgrade() {
+            assert_eq!(engine.usage().capacity, capacity);
+            looked.fetch_add(1, SeqCst);
+        }
+    })));
+    engine.checkpoint().unwrap();
+    medium.set_hook(None);
+    assert!(looks.load(SeqCst) > 15);
+    whole(&engine);
+    // Full to the last block.
+    let left = (capacity - engine.usage().used) / 4096;
+    let too_much = install(16, u16::try_from(left).unwrap() + 1);
+    assert_eq!(apply(&engine, &mut model, &too_much), Err(WriteError::NoSpace));
+    apply(&engine, &mut model, &install(16, u16::try_from(left).unwrap())).unwrap();
+    assert_eq!(engine.usage().used, capacity);
+    assert_eq!(apply(&engine, &mut model, &write(17, 1, &[1])), Err(WriteError::NoSpace));
+    // Somebody else takes space, and gives it back.
+    apply(&engine, &mut model, &Op::Delete { key: key(1, 0, 0) }).unwrap();
+    engine.checkpoint().unwrap();
+    medium.offer(TOTAL - (4 << 20));
+    assert_eq!(engine.usage().capacity, engine.usage().used);
+    assert_eq!(apply(&engine, &mut model, &write(17, 1, &[1])), Err(WriteError::NoSpace));
+    medium.offer(TOTAL);
+    apply(&engine, &mut model, &write(17, 1, &[1])).unwrap();
+    check_equal(&engine, &model).unwrap();
 }
 
 /// A medium whose file `data` cannot be read in one range.

@@ -182,6 +182,22 @@ fn openings_that_must_fail_say_why() {
 }
 
 #[test]
+fn what_an_interrupted_removal_leaves_is_no_store() {
+    let dir = tempfile::tempdir().unwrap();
+    let (real, link) = (dir.path().join("real"), dir.path().join("link"));
+    drop(Store::create(&real, IDS, options()).unwrap());
+    // Of a directory by a link only what comes first is removed: the superblock, and the link.
+    std::os::unix::fs::symlink(&real, &link).unwrap();
+    Store::remove(&link).unwrap();
+    let left = Store::open(&real, options()).unwrap_err();
+    assert!(matches!(left, OpenError::NotAStore { .. }), "{left}");
+    for _ in 0..2 {
+        Store::remove(&real).unwrap();
+        assert!(!real.exists());
+    }
+}
+
+#[test]
 fn i11_the_capacity_is_exact_and_space_comes_back() {
     let dir = tempfile::tempdir().unwrap();
     let capacity = Some(10 * BLOCK_SIZE as u64);

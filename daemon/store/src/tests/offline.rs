@@ -403,6 +403,26 @@ fn findings_are_bounded_and_damage_comes_before_notes() {
 }
 
 #[test]
+fn the_lock_of_a_process_that_has_ended_is_waited_for() {
+    use rustix::fs::{FlockOperation, flock};
+    let dir = tempfile::tempdir().unwrap();
+    Store::create(dir.path(), super::support::IDS, small()).unwrap().close().unwrap();
+    // More than any process has.
+    std::fs::write(dir.path().join("lock"), "999999999 \n").unwrap();
+    let held = File::open(dir.path().join("lock")).unwrap();
+    flock(&held, FlockOperation::LockExclusive).unwrap();
+    let (checked, outcome) = std::sync::mpsc::channel();
+    let path = dir.path().to_owned();
+    let checking = std::thread::spawn(move || checked.send(check(&path, &mut |_| {})).unwrap());
+    // How long something that must not happen is given to happen.
+    let too_early = outcome.recv_timeout(std::time::Duration::from_millis(100));
+    drop(held);
+    assert!(too_early.is_err(), "{too_early:?}");
+    assert!(outcome.recv().unwrap().unwrap().totals.clean);
+    checking.join().unwrap();
+}
+
+#[test]
 fn a_store_in_use_is_refused_and_nothing_is_changed() {
     let dir = tempfile::tempdir().unwrap();
     let options = Options { log_bytes: 256 << 10, segment_bytes: 64 << 10, ..Options::default() };

@@ -144,6 +144,7 @@ pub(super) enum Op {
         first: u16,
         tags: Vec<u64>,
     },
+    /// Of no block: only the version changes.
     Clear {
         key: LayerKey,
         version: Version,
@@ -194,6 +195,7 @@ impl Op {
             }
             60..80 => {
                 let (absent, release) = (rng.chance(50), rng.chance(50));
+                let count = if rng.chance(15) { 0 } else { count };
                 Self::Clear { key, version, first, count, absent, release }
             }
             80..90 if model.contains_key(&key) && rng.chance(60) => {

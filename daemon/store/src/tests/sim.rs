@@ -327,6 +327,8 @@ struct Sim {
     syncs: u64,
     /// The disk after each change.
     recording: Option<Vec<Disk>>,
+    /// Bytes that `data` may hold; without one it is never full, as far as `space` tells.
+    offered: Option<u64>,
     hook: Option<Hook>,
 }
 
@@ -385,6 +387,11 @@ impl SimMedium {
 
     pub(super) fn set_faults(&self, fault: Option<Fault>) {
         self.0.lock().unwrap().fault = fault;
+    }
+
+    /// From now on there is so much space for `data`, and `space` says what is left of it.
+    pub(super) fn offer(&self, bytes: u64) {
+        self.0.lock().unwrap().offered = Some(bytes);
     }
 
     /// Calls `hook` before each change, also from within it.
@@ -583,7 +590,10 @@ impl Medium for SimMedium {
     }
 
     fn space(&self) -> io::Result<(u64, u64)> {
-        Ok((1 << 40, 1 << 40))
+        let sim = self.0.lock().unwrap();
+        let total = sim.offered.unwrap_or(1 << 40);
+        let held = sim.disk.files.get("data").map_or(0, |data| data.current.len() * PAGE);
+        Ok((total, if sim.offered.is_some() { total - held as u64 } else { total }))
     }
 }
 

@@ -86,7 +86,11 @@ impl Op {
                 assert_eq!(applied, Applied::Now);
             }
             Self::Clear { key, version, first, count, absent, release } => {
-                let payload = Payload::Zero { count: *count, absent: *absent, release: *release };
+                let (count, absent, release) = (*count, *absent, *release);
+                let payload = match count {
+                    0 => Payload::Nothing,
+                    _ => Payload::Zero { count, absent, release },
+                };
                 let applied = engine.write(*key, prev(*key), *version, *first, payload)?;
                 assert_eq!(applied, Applied::Now);
             }

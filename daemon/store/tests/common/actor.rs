@@ -112,6 +112,7 @@ impl<'a, R: FnMut(Record)> Actor<'a, R> {
     pub fn clear(&mut self, key: LayerKey) -> Result<Option<WriteError>, Stopped> {
         let most = [16, 128, BLOCKS][self.rng.below(3) as usize];
         let (first, count) = self.some_range(1, most);
+        let count = if self.rng.chance(10) { 0 } else { count };
         let (absent, release) = (self.rng.chance(50), self.rng.chance(50));
         self.change(key, Change::Clear { first, count, absent, release })
     }
@@ -257,6 +258,7 @@ fn perform(store: &Store, seed: u64, old: &LayerModel, op: &Op) -> Result<(), Wr
             let bytes = bytes_of(seed, op.key, op.version, &blocks);
             write(first, payload_of(&bytes, &crcs_of(&bytes)))
         }
+        Change::Clear { first, count: 0, .. } => write(first, Payload::Nothing),
         Change::Clear { first, count, absent, release } => {
             write(first, Payload::Zero { count, absent, release })
         }

@@ -87,6 +87,7 @@ pub enum Change {
         first: u16,
         count: u16,
     },
+    /// Of no block: only the version changes.
     Clear {
         first: u16,
         count: u16,

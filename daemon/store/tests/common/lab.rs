@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::fs::FallocateFlags;
@@ -14,8 +14,8 @@ const INSIDE: &str = "SHEEPDOG_STORE_LAB";
 const DIR: &str = "SHEEPDOG_STORE_LAB_DIR";
 /// File that a test leaves when it has succeeded.
 const DONE: &str = "done";
-/// Longer than any test takes; then it hangs.
-const TIMEOUT_SECONDS: &str = "240";
+/// Much longer than any test takes, also on a slow machine (a minute on a fast one); then it hangs.
+const TIMEOUT_SECONDS: &str = "1200";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fs {
@@ -48,16 +48,22 @@ pub fn run(name: &str, needs: &[Fs], test: impl FnOnce(&Path)) {
         return;
     }
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory in target/");
+    let turn = super::no_store_at_a_start();
     if let Some(reason) = missing(needs, dir.path()) {
         return skip(name, &reason);
     }
     let inside = std::env::current_exe().expect("this program");
-    let output = unshared(&[&"timeout", &"-k", &"5", &TIMEOUT_SECONDS, &inside, &"--exact", &name])
+    let child = unshared(&[&"timeout", &"-k", &"5", &TIMEOUT_SECONDS, &inside, &"--exact", &name])
         .args(["--nocapture", "--include-ignored"])
         .env(INSIDE, name)
         .env(DIR, dir.path())
-        .output()
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
         .expect("unshare was tried just now");
+    drop(turn);
+    let output = child.wait_with_output().expect("a child");
     // Marked, so that nobody takes its summary for that of this process.
     for text in [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes)) {
         text.lines().for_each(|line| println!("| {line}"));

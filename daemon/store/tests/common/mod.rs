@@ -15,6 +15,7 @@ pub mod lab;
 pub mod worker;
 
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use sheepdog_store::{Options, Store, StoreIds};
@@ -110,10 +111,18 @@ pub fn opening_options(rng: &mut Rng) -> Options {
     }
 }
 
+/// Held while another thread's test starts processes, and while a store is open in this one: until it becomes another
+/// program, a child has all descriptors of its parent, and with them the lock of a store that is closed meanwhile.
+pub fn no_store_at_a_start() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Makes a new store in `dir`, in place of what is there.
 pub fn new_store(dir: &Path, rng: &mut Rng) {
     // There is nothing the first time.
     let _ = std::fs::remove_dir_all(dir);
+    let _turn = no_store_at_a_start();
     let store = Store::create(dir, IDS, creation_options(rng)).expect("a new store");
     store.close().expect("nothing to apply");
 }
