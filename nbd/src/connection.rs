@@ -226,6 +226,7 @@ impl<'a> Session<'a> {
             }
         }
         self.outbox.close();
+        self.block.client_gone();
         tracing::debug!(export = self.export, "NBD client disconnected");
     }
 
@@ -259,6 +260,10 @@ impl<'a> Session<'a> {
         }
         self.phase = phase;
         self.exhausted = false;
+        if phase == Phase::Draining {
+            self.outbox.leave();
+            self.block.client_gone();
+        }
         self.deadline.get_or_insert(Instant::now() + self.shared.limits.linger);
     }
 

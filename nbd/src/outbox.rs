@@ -71,6 +71,8 @@ struct State {
     full: bool,
     /// The client is gone: replies are dropped.
     lost: bool,
+    /// The client has said good-bye or closed its end: it does not insist on what has not begun.
+    leaving: bool,
     ops: usize,
     bytes: u64,
     /// Admitted requests that have no reply yet.
@@ -244,6 +246,11 @@ impl Outbox {
         self.flush();
     }
 
+    /// The client leaves: see [`Sink::is_wanted`].
+    pub fn leave(&self) {
+        self.lock().leaving = true;
+    }
+
     /// The client is gone: what is queued or still completes is dropped.
     pub fn close(&self) {
         self.lock().lose();
@@ -367,5 +374,10 @@ impl Sink for Outbox {
             share = self.return_share(&mut state, taken, result);
         }
         self.wake(state);
+    }
+
+    fn is_wanted(&self) -> bool {
+        let state = self.lock();
+        !state.lost && !state.leaving && !self.link.hung_up()
     }
 }

@@ -4,7 +4,7 @@
 mod common;
 
 use std::io::Write;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -219,6 +219,67 @@ fn a_client_that_vanishes_leaves_nothing_behind() {
     assert_eq!(memory.bytes()[..5], *b"kept\0");
     assert_eq!(device.submitted(), 2, "incomplete writes never reach the device");
     assert_eq!(Client::go(server.local_addr(), "a", false).read(0, 4), b"kept");
+}
+
+/// Keeps all requests, until it hears that their client is gone or is told to fail them.
+#[derive(Default)]
+struct Waiting(Mutex<Vec<Request>>);
+
+impl Waiting {
+    fn fail(&self, which: impl Fn(&Request) -> bool) {
+        let ended: Vec<_> =
+            self.0.lock().unwrap().extract_if(.., |request| which(request)).collect();
+        drop(ended);
+    }
+}
+
+impl Block for Waiting {
+    fn info(&self) -> BlockInfo {
+        BlockInfo { size: SIZE, read_only: false, serial: String::new() }
+    }
+
+    fn submit(&self, batch: &mut Vec<Request>) {
+        self.0.lock().unwrap().append(batch);
+    }
+
+    fn client_gone(&self) {
+        self.fail(|request| !request.token.is_wanted());
+    }
+}
+
+#[test]
+fn a_device_learns_whose_requests_are_not_wanted_any_more() {
+    let (limits, device) = (Limits { max_requests: 4, ..limits() }, Arc::new(Waiting::default()));
+    let (server, _dir) = serve(Fixed::one("a", device.clone()), limits);
+    let held = |count| until(|| device.0.lock().unwrap().len() == count);
+    let mut stays = Client::go(server.local_addr(), "a", true);
+    stays.request(READ, 0, 0, 4, b"");
+    held(1);
+    // One that says good-bye, and one that just vanishes with more behind it than is read.
+    for vanishes in [false, true] {
+        let mut goes = Client::go(server.local_addr(), "a", true);
+        let requests = if vanishes { limits.max_requests + 5 } else { 1 };
+        (0..requests).for_each(|_| _ = goes.request(WRITE, 0, 0, 4, b"left"));
+        held(1 + requests.min(limits.max_requests));
+        if !vanishes {
+            goes.request(DISC, 0, 0, 0, b"");
+        }
+        drop(goes);
+        if vanishes {
+            // Nobody has read so far, but a look tells.
+            let wanted = || device.0.lock().unwrap().iter().filter(|r| r.token.is_wanted()).count();
+            until(|| wanted() == 1);
+        }
+        until(|| {
+            if vanishes {
+                device.client_gone(); // the window lets more in
+            }
+            server.connections() == 1
+        });
+        held(1);
+    }
+    device.fail(|_| true);
+    assert_eq!(stays.answer(READ, 0, 4).errno, EIO);
 }
 
 #[test]

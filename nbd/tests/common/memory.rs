@@ -137,11 +137,14 @@ impl Block for Deferred {
     }
 
     fn submit(&self, batch: &mut Vec<Request>) {
-        // Counted first: a completion must not be seen before its request was counted.
-        self.state.0.lock().unwrap().submitted += batch.len();
+        // Counted first: a completion must not be seen before its request was counted. And none is completed before
+        // all of the batch are there, to be reversed.
+        let mut gate = self.state.0.lock().unwrap();
+        gate.submitted += batch.len();
         for request in batch.drain(..) {
             self.queue.send(request).unwrap();
         }
+        drop(gate);
         self.state.1.notify_all();
     }
 }

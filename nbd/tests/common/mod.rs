@@ -41,11 +41,11 @@ pub fn limits() -> Limits {
     Limits { handshake: long, linger: long, ..Limits::default() }
 }
 
-/// Waits for `condition`; a test that waits for more than half a minute has failed.
+/// Waits for `condition`; a test that waits for more than a minute has failed.
 pub fn until(condition: impl Fn() -> bool) {
     let start = Instant::now();
     while !condition() {
-        assert!(start.elapsed() < Duration::from_secs(30), "waited in vain");
+        assert!(start.elapsed() < Duration::from_secs(60), "waited in vain");
         std::thread::yield_now();
     }
 }
