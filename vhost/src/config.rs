@@ -26,7 +26,8 @@ const CONFIG_BYTES: usize = 60;
 /// Feature bits offered. SIZE_MAX is not among them: with a value of 0 guests would cut segments
 /// to 4096 bytes.
 pub(crate) fn features(info: &BlockInfo) -> u64 {
-    let mut bits = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+    let transport = VhostUserVirtioFeatures::PROTOCOL_FEATURES | VhostUserVirtioFeatures::LOG_ALL;
+    let mut bits = transport.bits();
     for bit in [
         VIRTIO_F_VERSION_1,
         VIRTIO_RING_F_EVENT_IDX,
@@ -54,6 +55,8 @@ pub(crate) fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+        | VhostUserProtocolFeatures::LOG_SHMFD
 }
 
 /// The part of the configuration space that was asked for: exactly `size` bytes, zero where the

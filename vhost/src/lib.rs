@@ -6,12 +6,18 @@
 //! completes it. Idle queues cost nothing.
 //!
 //! ```text
-//! server   socket, one client after the other, start and stop
-//! device   what vhost-user-backend calls: features, configuration, queue start and stop
-//! queue    the data path: ring ─► Block ─► ring
-//! request  descriptor chain ─► checked request; pure
-//! ring     the vring with descriptors that cannot block us
-//! config   feature bits and configuration space
+//! server      socket, one client after the other, start and stop
+//! connection  threads of one client
+//! device      the frontend's messages: features, memory, configuration, queue start and stop
+//! queue       the data path: ring ─► Block ─► ring
+//! ring        a virtqueue's configuration, and all that is written into its rings
+//! inflight    shared memory in which a successor of this process finds what was in flight
+//! dirty       shared memory in which a migration finds what was written
+//! memory      the guest's memory table
+//! mapping     shared files in our memory
+//! chain       descriptor chain ─► descriptors
+//! request     descriptors ─► checked request; pure
+//! config      feature bits and configuration space
 //! ```
 //!
 //! The guest and the frontend are not trusted: a bad request is answered with an error status, a
@@ -22,8 +28,14 @@
 //! Sources: VIRTIO 1.2, sections 2.7 (split virtqueues) and 5.2 (block device); QEMU's
 //! `docs/interop/vhost-user.rst`.
 
+mod chain;
 mod config;
+mod connection;
 mod device;
+mod dirty;
+mod inflight;
+mod mapping;
+mod memory;
 mod queue;
 mod request;
 mod ring;

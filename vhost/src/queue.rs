@@ -10,25 +10,29 @@
 //! ```
 //!
 //! A chain is *in flight* from the moment it is taken off the available ring until it is in the
-//! used ring. Chains are counted under the ring's lock, so whoever marks the ring not ready and
-//! then waits for the count to reach zero has drained the queue.
+//! used ring, and what a predecessor of this process had in flight is so from the moment the ring
+//! begins to run. Chains are counted under the ring's lock, so whoever stops the ring and then
+//! waits for the count to reach zero has drained the queue.
 //!
 //! Lock order: ring, then state. Neither is held while guest data is copied or `Block` is called.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use sheepdog_types::{Block, Completion, Done, Op, Request, Sink, Token};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
-use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
 
+use crate::dirty::DirtyLog;
+use crate::memory::Memory;
 use crate::request::{self, Kind, Parsed, Refusal, Segment, Segments};
-use crate::ring::{Memory, Ring, lock, signal};
+use crate::ring::{Answered, Broken, Ring, Taken, clear_kick, lock, signal};
 
 /// Data bytes that one queue may have in flight. Past it the worker leaves requests in the ring
 /// until enough have completed. One request may overshoot it.
@@ -44,22 +48,38 @@ pub(crate) struct Shared {
     pub(crate) writeback: AtomicBool,
     /// The connection has ended or is being ended: take nothing more off the rings.
     pub(crate) closing: AtomicBool,
+    /// The connection to the frontend, to see whether that is still there.
+    pub(crate) frontend: Option<UnixStream>,
+}
+
+impl Shared {
+    /// Whether the frontend waits for what it has requested. Messages that it sent before it died may still
+    /// be unread then, which a look at them would not tell.
+    fn is_wanted(&self) -> bool {
+        !self.closing.load(Ordering::Acquire)
+            && self.frontend.as_ref().is_none_or(|socket| !hung_up(socket).unwrap_or(true))
+    }
+}
+
+fn hung_up(socket: &UnixStream) -> io::Result<bool> {
+    let (epoll, fd) = (Epoll::new()?, socket.as_raw_fd());
+    epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::READ_HANG_UP, 0))?;
+    let found = epoll.wait(0, &mut [EpollEvent::default(); 1])?;
+    Ok(found > 0)
 }
 
 /// One virtqueue of one connection.
 pub(crate) struct Queue {
     index: usize,
     shared: Arc<Shared>,
-    /// Signalled when a queue that had too many bytes in flight may go on.
-    resume: File,
+    wake: Wake,
+    ring: Mutex<Ring>,
     state: Mutex<State>,
     drained: Condvar,
 }
 
 #[derive(Default)]
 struct State {
-    /// Set at the first kick.
-    ring: Option<Ring>,
     slots: Vec<Slot>,
     /// Slots not in use.
     free: Vec<u32>,
@@ -73,6 +93,8 @@ struct State {
     waiting: bool,
     /// The ring is not to be trusted; cleared when the guest sets it up again.
     broken: bool,
+    /// Where writes into requests are noted while they are.
+    log: Option<Arc<DirtyLog>>,
 }
 
 /// A request handed to the back end.
@@ -88,14 +110,6 @@ struct Slot {
     bytes: u32,
 }
 
-struct Answered {
-    head: u16,
-    /// Bytes written into the chain.
-    written: u32,
-    /// Bytes that are no longer in flight.
-    released: u32,
-}
-
 /// The worker's buffers, kept between kicks.
 #[derive(Default)]
 pub(crate) struct Scratch {
@@ -107,64 +121,200 @@ pub(crate) struct Scratch {
 enum Pass {
     /// Nothing is left in the ring.
     Empty,
+    /// There may be more.
+    Full,
     /// The queue is stopped, or waits for completions: somebody else will start it again.
     Stopped,
 }
 
-/// The ring cannot be trusted any more, and why.
-struct Broken(String);
+/// What wakes a queue's worker: the guest's kicks, and we ourselves.
+struct Wake {
+    epoll: Epoll,
+    resume: EventFd,
+}
 
-impl Queue {
-    pub(crate) fn new(index: usize, shared: Arc<Shared>, resume: File) -> Self {
-        Self { index, shared, resume, state: Mutex::default(), drained: Condvar::new() }
+impl Wake {
+    fn new() -> io::Result<Self> {
+        let resume = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let epoll = Epoll::new()?;
+        let event = EpollEvent::new(EventSet::IN, 0);
+        epoll.ctl(ControlOperation::Add, resume.as_raw_fd(), event)?;
+        Ok(Self { epoll, resume })
     }
 
-    /// Descriptor to watch: readable when [`Queue::serve`] should be called again.
-    pub(crate) fn resume_fd(&self) -> i32 {
-        self.resume.as_raw_fd()
+    /// Edges only: whatever a frontend gives us as its kick cannot keep the worker busy.
+    fn watch(&self, kick: &File) -> io::Result<()> {
+        let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
+        self.epoll.ctl(ControlOperation::Add, kick.as_raw_fd(), event)
     }
 
-    /// Clears the event of [`Queue::resume_fd`].
-    pub(crate) fn clear_resume(&self) {
-        let mut counter = [0; 8];
-        // Nothing to read is fine: the event was already cleared.
-        let _ = io::Read::read(&mut &self.resume, &mut counter);
-    }
-
-    /// Serves all that is in the ring. Called on the queue's worker thread only.
-    pub(crate) fn serve(self: &Arc<Self>, ring: &Ring, scratch: &mut Scratch) {
-        {
-            let mut state = lock(&self.state);
-            if state.broken {
-                return;
-            }
-            state.ring.get_or_insert_with(|| ring.clone());
+    fn unwatch(&self, kick: &File) {
+        let gone = EpollEvent::default();
+        if let Err(error) = self.epoll.ctl(ControlOperation::Delete, kick.as_raw_fd(), gone) {
+            tracing::debug!(%error, "a kick descriptor was not watched");
         }
-        if let Err(Broken(reason)) = self.serve_ring(ring, scratch) {
-            lock(&self.state).broken = true;
+    }
+
+    /// Cannot block and cannot overflow: the counter is read at every event.
+    fn poke(&self) {
+        let _ = self.resume.write(1);
+    }
+
+    fn wait(&self) -> io::Result<()> {
+        loop {
+            match self.epoll.wait(-1, &mut [EpollEvent::default(); 2]) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => break result.map(drop),
+            }
+        }
+    }
+}
+
+/// What the frontend does with a queue.
+impl Queue {
+    pub(crate) fn new(index: usize, shared: Arc<Shared>, max_size: u16) -> io::Result<Self> {
+        let ring = Mutex::new(Ring::new(max_size).map_err(io::Error::other)?);
+        let (wake, state) = (Wake::new()?, Mutex::default());
+        Ok(Self { index, shared, wake, ring, state, drained: Condvar::new() })
+    }
+
+    /// The ring's configuration. What starts, stops and logs a ring has functions here.
+    pub(crate) fn ring(&self) -> MutexGuard<'_, Ring> {
+        lock(&self.ring)
+    }
+
+    /// Sets the descriptor that the guest kicks, which starts the ring.
+    pub(crate) fn set_kick(&self, kick: File) -> io::Result<()> {
+        let mut ring = self.ring();
+        self.wake.watch(&kick)?;
+        if let Some(old) = ring.set_kick(Arc::new(kick)) {
+            self.wake.unwatch(&old);
+        }
+        self.begin(ring);
+        Ok(())
+    }
+
+    pub(crate) fn set_enabled(&self, enabled: bool) {
+        let mut ring = self.ring();
+        ring.set_enabled(enabled);
+        self.begin(ring);
+    }
+
+    /// Begins to run if that is due, and has the worker look at the ring.
+    fn begin(&self, mut ring: MutexGuard<'_, Ring>) {
+        if ring.can_begin() {
+            match ring.begin(&self.shared.memory.memory()) {
+                Ok(again) => lock(&self.state).in_flight += again,
+                Err(broken) => self.break_off(ring, &broken),
+            }
+        }
+        self.wake.poke();
+    }
+
+    /// Stops the ring, completes all that is in flight, and gives the next place in the available
+    /// ring. Nothing is written into guest memory afterwards.
+    pub(crate) fn stop(&self) -> u16 {
+        self.ring().stop();
+        self.wake.poke();
+        self.drain();
+        // A guest that resets the device starts with a ring that is good until proved otherwise.
+        lock(&self.state).broken = false;
+        let mut ring = self.ring();
+        if let Some(kick) = ring.end() {
+            self.wake.unwatch(&kick);
+        }
+        ring.next_avail()
+    }
+
+    /// Completes what was submitted, and takes nothing more. The connection must be closing.
+    pub(crate) fn close(&self) {
+        let mut ring = self.ring();
+        self.give_up(&mut ring);
+        drop(ring);
+        self.drain();
+    }
+
+    /// Waits until nothing is in flight. The ring must have been stopped, or the connection be
+    /// closing: else this may never end.
+    fn drain(&self) {
+        let mut state = lock(&self.state);
+        while state.in_flight > 0 {
+            state = self.drained.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// From now on all writes into guest memory are noted in `log`, or none any more.
+    pub(crate) fn set_log(&self, log: Option<&Arc<DirtyLog>>) {
+        let mut ring = self.ring();
+        ring.set_log(log.cloned());
+        lock(&self.state).log = log.cloned();
+    }
+
+    /// Requests of a predecessor that were not submitted again are no longer in flight here.
+    fn give_up(&self, ring: &mut Ring) {
+        let given_up = ring.give_up();
+        let mut state = lock(&self.state);
+        state.in_flight -= given_up;
+        self.drained.notify_all();
+    }
+
+    fn break_off(&self, mut ring: MutexGuard<'_, Ring>, broken: &Broken) {
+        let news = !std::mem::replace(&mut lock(&self.state).broken, true);
+        self.give_up(&mut ring);
+        let err = ring.err();
+        drop(ring);
+        if news {
             tracing::error!(
                 device = %self.shared.name,
                 queue = self.index,
-                reason,
+                reason = broken.0,
                 "the guest broke a virtqueue: it stops until the guest sets it up again"
             );
+            err.iter().for_each(|err| signal(err));
+        }
+    }
+}
+
+/// What the queue's worker does.
+impl Queue {
+    /// Serves the queue whenever it is woken, until `exit` is set and [`Queue::wake`] called.
+    pub(crate) fn work(self: &Arc<Self>, exit: &AtomicBool) -> io::Result<()> {
+        let mut scratch = Scratch::default();
+        loop {
+            self.wake.wait()?;
+            // Before the ring is looked at, else an event might be lost.
+            let _ = self.wake.resume.read();
+            let kick = self.ring().kick();
+            kick.iter().for_each(|kick| clear_kick(kick));
+            if exit.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            self.serve(&mut scratch);
         }
     }
 
-    fn serve_ring(self: &Arc<Self>, ring: &Ring, scratch: &mut Scratch) -> Result<(), Broken> {
+    pub(crate) fn wake(&self) {
+        self.wake.poke();
+    }
+
+    /// Serves all that is in the ring. Called by one thread at a time.
+    fn serve(self: &Arc<Self>, scratch: &mut Scratch) {
+        if lock(&self.state).broken {
+            return;
+        }
+        if let Err(broken) = self.serve_ring(scratch) {
+            self.break_off(self.ring(), &broken);
+        }
+    }
+
+    fn serve_ring(self: &Arc<Self>, scratch: &mut Scratch) -> Result<(), Broken> {
         let memory = self.shared.memory.memory().into_inner();
-        {
-            let state = ring.lock();
-            if !state.get_queue().ready() {
-                return Ok(());
-            }
-            if !state.get_queue().is_valid(&*memory) {
-                return Err(Broken("its rings are not inside guest memory".into()));
-            }
+        if !self.ring().has_work() {
+            return Ok(());
         }
         loop {
-            notifications(ring, &memory, false)?;
-            let pass = self.take_all(ring, &memory, scratch);
+            self.ring().notifications(&memory, false)?;
+            let pass = self.take_all(&memory, scratch);
             // What was taken is submitted even if the ring broke meanwhile: nothing gets lost.
             if !scratch.batch.is_empty() {
                 self.shared.block.submit(&mut scratch.batch);
@@ -174,8 +324,9 @@ impl Queue {
             self.flush();
             match pass? {
                 Pass::Stopped => return Ok(()),
-                Pass::Empty if notifications(ring, &memory, true)? => {}
+                Pass::Empty if self.ring().notifications(&memory, true)? => {}
                 Pass::Empty => return Ok(()),
+                Pass::Full => {}
             }
         }
     }
@@ -183,35 +334,33 @@ impl Queue {
     /// Takes requests off the ring until it is empty, and prepares those for the back end.
     fn take_all(
         self: &Arc<Self>,
-        ring: &Ring,
         memory: &Arc<GuestMemoryMmap>,
         scratch: &mut Scratch,
     ) -> Result<Pass, Broken> {
-        let size = usize::from(ring.lock().get_queue().size());
+        let size = usize::from(self.ring().size());
         while scratch.batch.len() < size {
             if self.must_wait() {
                 return Ok(Pass::Stopped);
             }
-            let chain = match self.pop(ring, memory)? {
-                Popped::Chain(chain) => chain,
-                Popped::Empty => return Ok(Pass::Empty),
-                Popped::Stopped => return Ok(Pass::Stopped),
+            let (head, chain) = match self.take(memory)? {
+                Taken::New(head, chain) | Taken::Again(head, chain) => (head, chain),
+                Taken::Empty => return Ok(Pass::Empty),
+                Taken::Stopped => return Ok(Pass::Stopped),
             };
-            let head = chain.head_index();
             match request::parse(memory, chain, &mut scratch.segments) {
                 Ok(parsed) => self.accept(memory, head, parsed, scratch),
                 Err(Refusal::Status { status, code }) => {
-                    self.answer(head, put_status(memory, status, code), 0);
+                    self.answer_status(memory, head, status, code);
                 }
-                Err(Refusal::NoStatus) => self.answer(head, 0, 0),
+                Err(Refusal::NoStatus) => self.answer(head, 0, &[], None),
                 Err(Refusal::Broken(reason)) => {
                     self.forget();
-                    return Err(Broken(reason.into()));
+                    return Err(reason.into());
                 }
             }
         }
         // As many as the ring holds: submit these, then look again.
-        Ok(Pass::Empty)
+        Ok(Pass::Full)
     }
 
     /// Whether too many bytes are in flight; if so, `flush` will resume the queue.
@@ -222,26 +371,16 @@ impl Queue {
     }
 
     /// Takes one chain off the ring and counts it in flight.
-    fn pop<'m>(&self, ring: &Ring, memory: &'m GuestMemoryMmap) -> Result<Popped<'m>, Broken> {
-        let mut vring = ring.lock();
-        let usable = vring.is_enabled() && vring.get_queue().ready();
-        if !usable || self.shared.closing.load(Ordering::Acquire) {
-            return Ok(Popped::Stopped);
+    fn take<'m>(&self, memory: &'m GuestMemoryMmap) -> Result<Taken<'m>, Broken> {
+        let mut ring = self.ring();
+        if self.shared.closing.load(Ordering::Acquire) {
+            return Ok(Taken::Stopped);
         }
-        let queue = vring.get_queue_mut();
-        let size = queue.size();
-        let chain = queue
-            .iter(memory)
-            .map_err(|error| Broken(format!("its available ring is bad: {error}")))?
-            .next();
-        let Some(chain) = chain else { return Ok(Popped::Empty) };
-        let mut state = lock(&self.state);
-        // Every chain in flight has a descriptor of its own, unless the guest gave one twice.
-        if state.in_flight >= usize::from(size) {
-            return Err(Broken("more requests are in flight than the ring has entries".into()));
+        let taken = ring.take(memory)?;
+        if let Taken::New(..) = taken {
+            lock(&self.state).in_flight += 1;
         }
-        state.in_flight += 1;
-        Ok(Popped::Chain(chain))
+        Ok(taken)
     }
 
     /// Takes back the count of a chain that will never be answered.
@@ -267,7 +406,7 @@ impl Queue {
                 let mut data = vec![0; len as usize];
                 if !request::read_run(memory, &segments.readable, &mut data) {
                     let code = VIRTIO_BLK_S_IOERR as u8;
-                    return self.answer(head, put_status(memory, parsed.status, code), 0);
+                    return self.answer_status(memory, head, parsed.status, code);
                 }
                 (Op::Write { offset, data, fua }, len)
             }
@@ -281,8 +420,9 @@ impl Queue {
                 let written = request::write_run(memory, &segments.writable, &id);
                 let code = if written.is_some() { VIRTIO_BLK_S_OK } else { VIRTIO_BLK_S_IOERR };
                 let written = written.unwrap_or(0);
-                let written = written + put_status(memory, parsed.status, code as u8);
-                return self.answer(head, written, 0);
+                let status = put_status(memory, parsed.status, code as u8);
+                let target = &segments.writable;
+                return self.answer(head, written + status, target, Some(parsed.status));
             }
         };
         let tag = {
@@ -301,45 +441,16 @@ impl Queue {
         batch.push(Request { op, token: Token::new(tag, self.clone()) });
     }
 
-    /// Notes that a chain is answered; `flush` tells the guest.
-    fn answer(&self, head: u16, written: u32, released: u32) {
-        lock(&self.state).done.push(Answered { head, written, released });
+    fn answer_status(&self, memory: &GuestMemoryMmap, head: u16, status: GuestAddress, code: u8) {
+        self.answer(head, put_status(memory, status, code), &[], Some(status));
     }
 
-    /// Waits until nothing is in flight. The ring must have been marked not ready, or the
-    /// connection closing, before: else this may never end.
-    pub(crate) fn drain(&self) {
-        // A worker that looked at the ring before it was stopped has counted its chain by the time
-        // it lets go of the ring's lock.
-        let ring = lock(&self.state).ring.clone();
-        drop(ring.as_ref().map(Ring::lock));
+    /// Notes that a chain is answered, by `written` bytes at `target` and `status`; `flush` tells
+    /// the guest.
+    fn answer(&self, head: u16, written: u32, target: &[Segment], status: Option<GuestAddress>) {
         let mut state = lock(&self.state);
-        while state.in_flight > 0 {
-            state = self.drained.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        // A guest that resets the device starts with a ring that is good until proved otherwise.
-        state.broken = false;
-    }
-
-    /// Moves answered chains to the used ring; says whether the guest wants to be told.
-    fn publish(&self, ring: &Ring, done: &[Answered]) -> Result<bool, virtio_queue::Error> {
-        let memory = self.shared.memory.memory();
-        let mut vring = ring.lock();
-        let queue = vring.get_queue_mut();
-        for answered in done {
-            queue.add_used(&*memory, answered.head, answered.written)?;
-        }
-        if !queue.event_idx_enabled() {
-            // The used index must be visible before the guest's wish is read.
-            fence(Ordering::SeqCst);
-            let flags: u16 = memory
-                .load(GuestAddress(queue.avail_ring()), Ordering::SeqCst)
-                .map_err(virtio_queue::Error::GuestMemory)?;
-            if u16::from_le(flags) & VRING_AVAIL_F_NO_INTERRUPT as u16 != 0 {
-                return Ok(false);
-            }
-        }
-        queue.needs_notification(&*memory)
+        state.log_writes(target, status);
+        state.done.push(Answered { head, written, released: 0, failed: false });
     }
 }
 
@@ -356,31 +467,36 @@ impl Sink for Queue {
             (memory, slot.head, slot.status, slot.bytes, std::mem::take(&mut slot.target))
         };
         let Some(memory) = memory else { return };
+        let failed = completion.is_err();
         let written = finish(&memory, completion, &target, bytes, status);
-        target.clear();
         let mut state = lock(&self.state);
+        state.log_writes(&target, Some(status));
+        target.clear();
         if let Some(slot) = state.slots.get_mut(tag as usize) {
             slot.target = target;
         }
         state.free.push(tag as u32);
-        state.done.push(Answered { head, written, released: bytes });
+        state.done.push(Answered { head, written, released: bytes, failed });
     }
 
     fn flush(&self) {
-        let (mut done, ring) = {
+        let mut done = {
             let mut state = lock(&self.state);
             if state.done.is_empty() {
                 return;
             }
             let spare = std::mem::take(&mut state.spare);
-            (std::mem::replace(&mut state.done, spare), state.ring.clone())
+            std::mem::replace(&mut state.done, spare)
         };
-        if let Some(ring) = ring {
-            match self.publish(&ring, &done) {
-                Ok(true) => ring.call().iter().for_each(|call| signal(call)),
-                Ok(false) => {}
-                Err(error) => self.used_ring_failed(&error),
+        let mut ring = self.ring();
+        let closing = self.shared.closing.load(Ordering::Acquire);
+        match ring.publish(&self.shared.memory.memory(), &done, closing) {
+            Ok(wanted) => {
+                let call = ring.call().filter(|_| wanted);
+                drop(ring);
+                call.iter().for_each(|call| signal(call));
             }
+            Err(broken) => self.break_off(ring, &broken),
         }
         let released: u64 = done.iter().map(|a| u64::from(a.released)).sum();
         let mut state = lock(&self.state);
@@ -391,24 +507,14 @@ impl Sink for Queue {
         }
         if state.waiting && state.bytes < MAX_BYTES_IN_FLIGHT {
             state.waiting = false;
-            // Cannot block and cannot overflow: the counter is read at every event.
-            let _ = (&self.resume).write(&1u64.to_ne_bytes());
+            self.wake.poke();
         }
         done.clear();
         state.spare = done;
     }
-}
 
-impl Queue {
-    fn used_ring_failed(&self, error: &virtio_queue::Error) {
-        if !std::mem::replace(&mut lock(&self.state).broken, true) {
-            tracing::error!(
-                device = %self.shared.name,
-                queue = self.index,
-                %error,
-                "the used ring cannot be written: the queue stops until the guest sets it up again"
-            );
-        }
+    fn is_wanted(&self) -> bool {
+        self.shared.is_wanted()
     }
 }
 
@@ -424,24 +530,14 @@ impl State {
         );
         (tag as u64, &mut self.slots[tag])
     }
-}
 
-enum Popped<'m> {
-    Chain(DescriptorChain<&'m GuestMemoryMmap>),
-    Empty,
-    Stopped,
-}
-
-/// Asks the guest to kick, or not to. When enabling, says whether requests came in meanwhile.
-fn notifications(ring: &Ring, memory: &GuestMemoryMmap, enable: bool) -> Result<bool, Broken> {
-    let mut vring = ring.lock();
-    let queue = vring.get_queue_mut();
-    let more = if enable {
-        queue.enable_notification(memory)
-    } else {
-        queue.disable_notification(memory).map(|()| false)
-    };
-    more.map_err(|error| Broken(format!("its rings cannot be accessed: {error}")))
+    /// Notes, after they were made, writes of data and of a status byte.
+    fn log_writes(&self, target: &[Segment], status: Option<GuestAddress>) {
+        if let Some(log) = &self.log {
+            target.iter().for_each(|segment| log.mark(segment.addr.0, segment.len.into()));
+            status.iter().for_each(|status| log.mark(status.0, 1));
+        }
+    }
 }
 
 /// Writes the outcome of a request into its chain; gives the bytes written.

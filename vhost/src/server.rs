@@ -11,6 +11,7 @@
 //! could land after a new one.
 
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -22,12 +23,11 @@ use std::time::Duration;
 use std::{fs, mem};
 
 use sheepdog_types::Block;
-use vhost::vhost_user::{Error as ProtocolError, Listener};
-use vhost_user_backend::{Error as DaemonError, ShutdownHandle, VhostUserDaemon};
+use vhost::vhost_user::Error as ProtocolError;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::device::{Device, no_memory};
+use crate::connection::Connection;
 use crate::ring::lock;
 
 /// How long a second client waits for the first to go before it is turned away: a restarted QEMU
@@ -153,7 +153,7 @@ impl Drop for ServerHandle {
     fn drop(&mut self) {
         self.server.stopping.store(true, Ordering::SeqCst);
         if let Phase::Connected(connection) = &*lock(&self.server.connection) {
-            connection.shutdown();
+            hang_up(connection);
         }
         // A non-blocking counter far from full: this cannot fail.
         let _ = self.server.wake.write(1);
@@ -167,7 +167,8 @@ impl Drop for ServerHandle {
 }
 
 enum Phase {
-    Connected(ShutdownHandle),
+    /// A client is served over this socket.
+    Connected(UnixStream),
     Draining,
     Ended,
 }
@@ -220,7 +221,6 @@ impl Server {
                 Err(error) => {
                     tracing::error!(device = %self.name, %error, "a client could not be served");
                     self.set_phase(Phase::Ended);
-                    let _ = listener.accept();
                     self.pause();
                 }
             }
@@ -267,43 +267,34 @@ impl Server {
     }
 
     /// Accepts the waiting client and serves it on a thread of its own.
-    fn connect(self: Arc<Self>, listener: &UnixListener) -> Result<JoinHandle<()>, String> {
-        let text = |error: &dyn std::fmt::Display| error.to_string();
-        let memory = no_memory();
-        let Config { queues, queue_size, .. } = self.config;
+    fn connect(self: Arc<Self>, listener: &UnixListener) -> io::Result<JoinHandle<()>> {
+        let (socket, _) = listener.accept()?;
+        let phase = socket.try_clone()?;
         let (name, block) = (self.name.clone(), self.block.clone());
-        let device = Device::new(name, block, memory.clone(), queues, queue_size);
-        let device = Arc::new(device.map_err(|e| text(&e))?);
-        let mut connection = Connection { device: device.clone(), daemon: None };
-        let daemon = VhostUserDaemon::new("vhost-control".into(), device.clone(), memory);
-        let daemon = connection.daemon.insert(daemon.map_err(|e| text(&e))?);
-        device.watch_resume(&daemon.get_epoll_handlers()).map_err(|e| text(&e))?;
-        let mut accepting = Listener::from(listener.try_clone().map_err(|e| text(&e))?);
-        daemon.start(&mut accepting).map_err(|e| text(&e))?;
-        let shutdown = daemon.shutdown_handle().ok_or("the connection is gone")?;
-        self.set_phase(Phase::Connected(shutdown.clone()));
+        let connection = Connection::new(name, block, &self.config, socket)?;
+        self.set_phase(Phase::Connected(phase.try_clone()?));
         if self.stopping() {
-            shutdown.shutdown();
+            hang_up(&phase);
         }
         tracing::info!(device = %self.name, "a client connected");
-        let server = self.clone();
         let serve = move || {
-            server.serve(connection);
-            server.set_phase(Phase::Ended);
+            self.serve(connection);
+            self.set_phase(Phase::Ended);
         };
-        thread::Builder::new().name("vhost-connection".into()).spawn(serve).map_err(|e| text(&e))
+        thread::Builder::new().name("vhost-connection".into()).spawn(serve)
     }
 
     /// Serves one connection to its end.
     fn serve(&self, mut connection: Connection) {
-        let result = connection.daemon.as_mut().map_or(Ok(()), VhostUserDaemon::wait);
+        let end = connection.run();
         self.set_phase(Phase::Draining);
-        match result {
-            Ok(())
-            | Err(DaemonError::HandleRequest(
-                ProtocolError::Disconnected | ProtocolError::PartialMessage,
-            )) => tracing::info!(device = %self.name, "the client disconnected"),
-            Err(error) => {
+        match end {
+            ProtocolError::Disconnected
+            | ProtocolError::PartialMessage
+            | ProtocolError::SocketBroken(_) => {
+                tracing::info!(device = %self.name, "the client disconnected");
+            }
+            error => {
                 tracing::warn!(device = %self.name, %error, "the connection ended: protocol error");
             }
         }
@@ -311,24 +302,10 @@ impl Server {
     }
 }
 
-/// What must be taken down, in this order, at the end of a connection.
-struct Connection {
-    device: Arc<Device>,
-    daemon: Option<VhostUserDaemon<Arc<Device>>>,
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        if let Some(mut daemon) = self.daemon.take() {
-            daemon.request_shutdown();
-            // How it ended was reported where it was served.
-            let _ = daemon.wait();
-            self.device.close();
-            // The last owner of the workers: joins them.
-            drop(daemon);
-        }
-        self.device.close_exit_events();
-    }
+/// Ends a connection; the thread that serves it notices.
+fn hang_up(socket: &UnixStream) {
+    // It fails only if the other side was faster.
+    let _ = socket.shutdown(Shutdown::Both);
 }
 
 /// The socket file, removed on drop if it is still ours.

@@ -95,6 +95,27 @@ fn stopping_drains_what_is_in_flight() {
 }
 
 #[test]
+fn what_a_client_leaves_is_not_wanted_and_the_next_one_is_served() {
+    let setup = Setup::new();
+    let server = setup.start();
+    setup.disk.hold();
+    setup.disk.let_go();
+    let guest = Guest::connect(&setup.path(), 1);
+    guest.offer(&mut driver(&guest), 1, 0, true, false);
+    guest.kick();
+    setup.disk.wait_held(1);
+    assert_eq!(setup.disk.wanted(), 1);
+    drop(guest);
+    // It is served when the requests of the one before have ended.
+    let next = Guest::connect(&setup.path(), 1);
+    assert_eq!(setup.disk.held(), 0);
+    setup.disk.release();
+    next.write(&mut driver(&next), 0, 1, false);
+    assert_eq!(setup.disk.ops().len(), 1);
+    server.stop();
+}
+
+#[test]
 fn stopping_does_not_wait_for_an_idle_client() {
     let setup = Setup::new();
     let server = setup.start();

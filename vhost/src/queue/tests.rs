@@ -3,8 +3,10 @@ use std::thread;
 use std::time::Duration;
 
 use sheepdog_types::BLOCK_SIZE;
-use vhost_user_backend::VringT;
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use vmm_sys_util::eventfd::EventFd;
+
+mod death;
 
 use super::*;
 use crate::testing::disk::Disk;
@@ -22,7 +24,6 @@ struct Bench {
     disk: Arc<Disk>,
     memory: Memory,
     queue: Arc<Queue>,
-    ring: Ring,
     call: EventFd,
     scratch: Scratch,
 }
@@ -41,25 +42,45 @@ fn as_file(event: &EventFd) -> File {
 
 impl Bench {
     fn new() -> Self {
-        let disk = Arc::new(Disk::new(1 << 20));
-        let memory =
-            Memory::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap());
+        Self::with_disk(Disk::new(1 << 20))
+    }
+
+    fn with_disk(disk: Disk) -> Self {
+        let ranges = [(GuestAddress(0), 1 << 20)];
+        let bench = Self::stopped(disk, GuestMemoryMmap::from_ranges(&ranges).unwrap());
+        bench.start();
+        // The signal at the start, in case that a predecessor could not.
+        assert_eq!(bench.signals(), 1);
+        bench
+    }
+
+    /// With a queue that is configured and not started.
+    fn stopped(disk: Disk, memory: GuestMemoryMmap) -> Self {
+        let disk = Arc::new(disk);
+        let memory = Memory::new(memory);
         let shared = Arc::new(Shared {
+            frontend: None,
             name: "test".into(),
             block: disk.clone(),
             memory: memory.clone(),
             writeback: AtomicBool::new(true),
             closing: AtomicBool::new(false),
         });
-        let queue = Arc::new(Queue::new(0, shared, as_file(&event_fd())));
-        let ring = Ring::new(memory.clone(), SIZE).unwrap();
-        ring.set_queue_size(SIZE);
-        ring.set_queue_info(DESC, AVAIL, USED).unwrap();
-        let call = event_fd();
-        ring.set_call(Some(as_file(&call)));
-        ring.set_queue_ready(true);
-        ring.set_enabled(true);
-        Self { disk, memory, queue, ring, call, scratch: Scratch::default() }
+        let queue = Arc::new(Queue::new(0, shared, SIZE).unwrap());
+        let bench = Self { disk, memory, queue, call: event_fd(), scratch: Scratch::default() };
+        bench.set_addresses(DESC, AVAIL, USED);
+        bench
+    }
+
+    fn set_addresses(&self, desc: u64, avail: u64, used: u64) {
+        let [desc, avail, used] = [desc, avail, used].map(GuestAddress);
+        self.queue.ring().set_addresses(desc, avail, used).unwrap();
+    }
+
+    fn start(&self) {
+        self.queue.ring().set_call(Some(as_file(&self.call)));
+        self.queue.set_kick(as_file(&event_fd())).unwrap();
+        self.queue.set_enabled(true);
     }
 
     fn mem(&self) -> Arc<GuestMemoryMmap> {
@@ -67,7 +88,7 @@ impl Bench {
     }
 
     fn serve(&mut self) {
-        self.queue.serve(&self.ring, &mut self.scratch);
+        self.queue.serve(&mut self.scratch);
     }
 
     /// Signals to the guest since the last look.
@@ -218,18 +239,30 @@ fn a_guest_that_polls_is_not_signalled() {
 }
 
 #[test]
+fn a_descriptor_that_is_set_while_the_ring_runs_is_signalled_at_once() {
+    let bench = Bench::new();
+    let call = event_fd();
+    bench.queue.ring().set_call(Some(as_file(&call)));
+    assert_eq!(call.read().unwrap(), 1);
+    bench.queue.stop();
+    bench.queue.ring().set_call(Some(as_file(&call)));
+    assert!(call.read().is_err());
+}
+
+#[test]
 fn a_stopped_ring_is_left_alone() {
     let mut bench = Bench::new();
     let mem = bench.mem();
     let mut driver = Driver::new(&mem, SIZE);
     offer(&mut driver, 0, 4, 0, None);
-    bench.ring.set_enabled(false);
-    bench.serve();
-    bench.ring.set_enabled(true);
-    bench.ring.set_queue_ready(false);
+    bench.queue.set_enabled(false);
     bench.serve();
     assert_eq!(driver.used(), None);
-    bench.ring.set_queue_ready(true);
+    bench.queue.set_enabled(true);
+    assert_eq!(bench.queue.stop(), 0);
+    bench.serve();
+    assert_eq!(driver.used(), None);
+    bench.start();
     bench.serve();
     assert!(driver.used().is_some());
 }
@@ -246,7 +279,7 @@ fn draining_waits_for_what_is_in_flight() {
     let queue = bench.queue.clone();
     let (drained, wait_drained) = mpsc::channel();
     let drainer = thread::spawn(move || {
-        queue.drain();
+        queue.stop();
         drained.send(()).unwrap();
     });
     // How long something that must not happen is given to happen.
@@ -282,11 +315,10 @@ fn a_broken_ring_stops_until_it_is_set_up_again() {
         // More kicks change nothing; a reset does.
         bench.serve();
         assert_eq!(driver.used(), None, "{way}");
-        bench.ring.set_queue_ready(false);
-        bench.queue.drain();
-        bench.ring.set_queue_next_avail(1);
+        bench.queue.stop();
+        bench.queue.ring().set_base(1);
         driver.put(AVAIL + 2, 1u16);
-        bench.ring.set_queue_ready(true);
+        bench.start();
         let mut driver = Driver::new(&mem, SIZE);
         driver.offer(0);
         offer(&mut driver, 0, 4, 0, None);
@@ -302,7 +334,10 @@ fn rings_outside_memory_break_the_queue() {
         [(1 << 30, AVAIL, USED), (DESC, (1 << 20) - 2, USED), (DESC, AVAIL, u64::MAX - 3)]
     {
         let mut bench = Bench::new();
-        bench.ring.set_queue_info(desc, avail, used).unwrap();
+        bench.queue.stop();
+        bench.set_addresses(desc, avail, used);
+        bench.start();
+        assert!(bench.broken());
         bench.serve();
         assert!(bench.broken());
     }
@@ -339,15 +374,12 @@ fn bytes_in_flight_are_bounded_and_the_queue_resumes() {
     parts.push((STATUS, 1, true));
     let head = driver.indirect(0x60000, &parts);
     (0..6).for_each(|_| driver.offer(head));
+    let _ = bench.queue.wake.resume.read();
     bench.serve();
     assert_eq!(bench.in_flight(), 4);
     assert_eq!(lock(&bench.queue.state).bytes, MAX_BYTES_IN_FLIGHT);
     bench.disk.release();
-    let resumed = {
-        let mut counter = [0; 8];
-        io::Read::read(&mut &bench.queue.resume, &mut counter).is_ok()
-    };
-    assert!(resumed, "nobody would serve the queue again");
+    assert!(bench.queue.wake.resume.read().is_ok(), "nobody would serve the queue again");
     bench.serve();
     assert_eq!(std::iter::from_fn(|| driver.used()).count(), 6);
     assert_eq!(lock(&bench.queue.state).bytes, 0);
@@ -376,7 +408,8 @@ fn memory_is_kept_mapped_for_requests_in_flight() {
 fn random_rings() {
     let mut rng = Rng::from_env();
     for _ in 0..3000 {
-        let mut bench = Bench::new_small();
+        // A device of a few blocks, so that random requests hit its end.
+        let mut bench = Bench::with_disk(Disk::new(2 * BLOCK_SIZE));
         let mem = bench.mem();
         let mut driver = Driver::new(&mem, SIZE);
         if rng.below(2) == 0 {
@@ -400,28 +433,8 @@ fn random_rings() {
         }
         bench.disk.release();
         bench.serve();
-        bench.ring.set_queue_ready(false);
-        bench.queue.drain();
+        bench.queue.stop();
         assert_eq!(lock(&bench.queue.state).bytes, 0);
-    }
-}
-
-impl Bench {
-    /// With a device of a few blocks, so that random requests hit its end.
-    fn new_small() -> Self {
-        let mut bench = Self::new();
-        let disk = Arc::new(Disk::new(2 * BLOCK_SIZE));
-        let old = &bench.queue.shared;
-        let shared = Arc::new(Shared {
-            name: "random".into(),
-            block: disk.clone(),
-            memory: old.memory.clone(),
-            writeback: AtomicBool::new(true),
-            closing: AtomicBool::new(false),
-        });
-        bench.queue = Arc::new(Queue::new(0, shared, as_file(&event_fd())));
-        bench.disk = disk;
-        bench
     }
 }
 

@@ -1,6 +1,6 @@
 use super::*;
-use crate::testing::driver::{AVAIL, DATA, DESC, Driver, INDIRECT, NEXT, Part, USED, WRITE};
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use crate::chain::Chain;
+use crate::testing::driver::{DATA, DESC, Driver, INDIRECT, NEXT, Part, WRITE};
 
 const MEM: usize = 1 << 20;
 const HEADER: u64 = DATA;
@@ -13,14 +13,7 @@ fn memory() -> GuestMemoryMmap {
 
 /// Parses the chain at `head`.
 fn parse_at(driver: &mut Driver, head: u16) -> (Result<Parsed, Refusal>, Segments) {
-    let mut queue = Queue::new(16).unwrap();
-    queue.set_size(16);
-    queue.try_set_desc_table_address(GuestAddress(DESC)).unwrap();
-    queue.try_set_avail_ring_address(GuestAddress(AVAIL)).unwrap();
-    queue.try_set_used_ring_address(GuestAddress(USED)).unwrap();
-    queue.set_ready(true);
-    driver.offer(head);
-    let chain = queue.iter(driver.mem).unwrap().next().unwrap();
+    let chain = Chain::new(driver.mem, GuestAddress(DESC), 16, head);
     let mut segments = Segments::default();
     (parse(driver.mem, chain, &mut segments), segments)
 }

@@ -14,6 +14,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 struct State {
     data: Vec<u8>,
     holding: bool,
+    letting_go: bool,
     held: Vec<Request>,
     ops: Vec<String>,
 }
@@ -53,6 +54,27 @@ impl Disk {
         for Request { op, token } in held.into_iter().rev() {
             token.complete(self.execute(op), &mut burst);
         }
+    }
+
+    /// Completes one of what is held, by its place in the order of arrival; the others stay.
+    pub fn release_one(&self, place: usize) {
+        let Request { op, token } = self.state.lock().unwrap().held.remove(place);
+        token.complete(self.execute(op), &mut Burst::new());
+    }
+
+    /// How many of the requests that are held are still wanted.
+    pub fn wanted(&self) -> usize {
+        self.state.lock().unwrap().held.iter().filter(|request| request.token.is_wanted()).count()
+    }
+
+    /// From now on requests that are held end with an error when their client is gone.
+    pub fn let_go(&self) {
+        self.state.lock().unwrap().letting_go = true;
+    }
+
+    /// How many requests are held.
+    pub fn held(&self) -> usize {
+        self.state.lock().unwrap().held.len()
     }
 
     /// What was executed, in order, and forgets it.
@@ -112,6 +134,15 @@ impl Block for Disk {
         let mut burst = Burst::new();
         for Request { op, token } in batch.drain(..) {
             token.complete(self.execute(op), &mut burst);
+        }
+    }
+
+    fn client_gone(&self) {
+        let mut state = self.state.lock().unwrap();
+        if state.letting_go {
+            let gone: Vec<_> = state.held.extract_if(.., |r| !r.token.is_wanted()).collect();
+            drop(state);
+            drop(gone);
         }
     }
 }

@@ -1,11 +1,14 @@
 //! A server to test, and a VM of one queue that talks to it through `vhost`'s frontend.
 
+use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use sheepdog_vhost::{Config, ServerHandle, VhostServer};
-use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
+use vhost::vhost_user::message::{
+    VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
+};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{
@@ -51,6 +54,9 @@ pub struct Guest {
     pub kick: EventFd,
     pub call: EventFd,
     pub wait: Epoll,
+    pub features: u64,
+    /// What the server wants its successor to have.
+    pub inflight: Option<(VhostUserInflight, File)>,
 }
 
 pub fn event_fd() -> EventFd {
@@ -68,10 +74,35 @@ impl Guest {
         let event = EpollEvent::new(EventSet::IN, 0);
         wait.ctl(ControlOperation::Add, call.as_raw_fd(), event).unwrap();
         let frontend = Frontend::connect(path, QUEUES).unwrap();
-        let mut guest = Self { frontend, mem, index, kick: event_fd(), call, wait };
+        let (kick, inflight) = (event_fd(), None);
+        let mut guest = Self { frontend, mem, index, kick, call, wait, features: 0, inflight };
         guest.negotiate();
         guest.start_queue(0);
         guest
+    }
+
+    /// Stops the queue, asks for memory to track requests in, and starts the queue at `index`.
+    pub fn track_from(&mut self, index: u16) {
+        self.frontend.get_vring_base(self.index).unwrap();
+        self.mem.write_obj(index, GuestAddress(AVAIL + 2)).unwrap();
+        self.mem.write_obj(index, GuestAddress(USED + 2)).unwrap();
+        let wanted = VhostUserInflight::new(0, 0, QUEUES as u16, SIZE);
+        self.inflight = Some(self.frontend.get_inflight_fd(&wanted).unwrap());
+        self.give_inflight();
+        self.start_queue(index);
+    }
+
+    /// Connects to another server and goes on where the one before was, as QEMU does.
+    pub fn reconnect(&mut self, path: &Path) {
+        self.frontend = Frontend::connect(path, QUEUES).unwrap();
+        self.negotiate();
+        self.give_inflight();
+        self.start_queue(self.mem.read_obj(GuestAddress(USED + 2)).unwrap());
+    }
+
+    fn give_inflight(&mut self) {
+        let (region, file) = self.inflight.as_ref().unwrap();
+        self.frontend.set_inflight_fd(region, file.as_raw_fd()).unwrap();
     }
 
     pub fn negotiate(&mut self) {
@@ -79,12 +110,16 @@ impl Guest {
         frontend.set_owner().unwrap();
         let mut features = frontend.get_features().unwrap();
         features &= !(1 << 29); // without event index: the driver here does not know it
+        features &= !(1 << 26); // nor is there a migration yet
+        self.features = features;
         let protocol = frontend.get_protocol_features().unwrap();
         for needed in [
             VhostUserProtocolFeatures::MQ,
             VhostUserProtocolFeatures::CONFIG,
             VhostUserProtocolFeatures::REPLY_ACK,
             VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS,
+            VhostUserProtocolFeatures::INFLIGHT_SHMFD,
+            VhostUserProtocolFeatures::LOG_SHMFD,
         ] {
             assert!(protocol.contains(needed), "{needed:?}");
         }
@@ -98,21 +133,26 @@ impl Guest {
         frontend.set_mem_table(&[region]).unwrap();
     }
 
-    pub fn start_queue(&mut self, base: u16) {
+    /// Tells where the rings are, and at which guest address the used ring is to be logged.
+    pub fn set_addresses(&mut self, log_addr: Option<u64>) {
         let region = self.mem.iter().next().unwrap();
         let host = region.get_host_address(vm_memory::MemoryRegionAddress(0)).unwrap() as u64;
         let config = VringConfigData {
             queue_max_size: SIZE,
             queue_size: SIZE,
-            flags: 0,
+            flags: u32::from(log_addr.is_some()),
             desc_table_addr: host + DESC,
             used_ring_addr: host + USED,
             avail_ring_addr: host + AVAIL,
-            log_addr: None,
+            log_addr,
         };
+        self.frontend.set_vring_addr(self.index, &config).unwrap();
+    }
+
+    pub fn start_queue(&mut self, base: u16) {
+        self.frontend.set_vring_num(self.index, SIZE).unwrap();
+        self.set_addresses(None);
         let (index, frontend) = (self.index, &mut self.frontend);
-        frontend.set_vring_num(index, SIZE).unwrap();
-        frontend.set_vring_addr(index, &config).unwrap();
         frontend.set_vring_base(index, base).unwrap();
         frontend.set_vring_call(index, &self.call).unwrap();
         frontend.set_vring_kick(index, &self.kick).unwrap();
