@@ -1,7 +1,10 @@
 //! Commands of the cluster log, and what the state machine answers.
 //!
-//! Encoded with postcard behind one version byte, so that a node of another release refuses an
-//! entry that it does not understand instead of misreading it.
+//! Encoded with postcard behind one byte, the first *cluster version* that understands it. Each node
+//! announces the newest version that its release understands; the agreed one is the lowest of these, and
+//! only rises. Nothing newer than the agreed version gets into the log, so every member understands every
+//! entry. What a version has said it says for ever: a released variant gets no field, and none goes or
+//! moves; what is new is a new variant at the end, with a version of its own in [`Command::since`].
 
 use crate::settings::Setting;
 use serde::{Deserialize, Serialize};
@@ -10,8 +13,10 @@ use sheepdog_types::{
 };
 use thiserror::Error;
 
-/// Version of the command and state encoding.
-pub const LOG_VERSION: u8 = 4;
+/// Newest cluster version that this release understands: commands, their answers, and the state.
+pub const LOG_VERSION: u8 = 6;
+/// Oldest one. (Those before were never released.)
+pub const OLDEST_LOG_VERSION: u8 = 6;
 
 /// Most copies of an object.
 pub const MAX_COPIES: usize = 8;
@@ -52,6 +57,8 @@ pub struct NodeInfo {
     pub zone: String,
     /// Its disks; none for a pure gateway.
     pub disks: Vec<DiskInfo>,
+    /// Newest cluster version that its release understands, see [`LOG_VERSION`].
+    pub version: u8,
 }
 
 /// What a volume is created with.
@@ -251,6 +258,49 @@ pub enum Command {
         volume: VolumeId,
         /// The generation that is given back.
         writer: WriterGen,
+        /// Nothing of it is under way, and all replicas are equal. Otherwise the generation ends with
+        /// this: whoever still uses it is fenced, and the next gateway looks for what differs.
+        settled: bool,
+    },
+    /// All replicas of a volume were made equal after a takeover. Ignored when it was attached again since.
+    Settled {
+        /// The volume.
+        volume: VolumeId,
+        /// The generation that did it.
+        writer: WriterGen,
+    },
+    /// Lets a second node take a volume over from its holder, and the holder take it back: a migration
+    /// between the two begins.
+    OpenHandover {
+        /// Name of the volume.
+        name: String,
+        /// The node that may take it over.
+        to: NodeId,
+        /// Incarnation of that node; refused when it is not the current one.
+        incarnation: u64,
+        /// Wall clock of the proposer, seconds since 1970.
+        at: u64,
+    },
+    /// Ends that: the node that has the volume keeps it.
+    CloseHandover {
+        /// The volume.
+        volume: VolumeId,
+        /// Only if this is still the newest generation of the volume.
+        writer: Option<WriterGen>,
+    },
+    /// Gives a volume to a gateway whose guest uses it, from the other node of an open hand-over if need be,
+    /// with a new writer generation.
+    TakeOver {
+        /// The volume.
+        volume: VolumeId,
+        /// The gateway.
+        gateway: NodeId,
+        /// Incarnation of the gateway; refused when it is not the current one.
+        incarnation: u64,
+        /// The newest generation that the gateway knew when it wanted the volume; refused when it is older.
+        seen: WriterGen,
+        /// Wall clock of the proposer, seconds since 1970.
+        at: u64,
     },
 }
 
@@ -290,6 +340,32 @@ pub enum Refusal {
     /// Nothing can happen before the cluster is founded.
     #[error("the cluster is not founded yet")]
     NotFounded,
+    /// The node's release is older than what the cluster has agreed on.
+    #[error(
+        "node {node} understands cluster version {version}, but the cluster has agreed on version \
+         {agreed}; upgrade sheep on that node (docs/upgrade.md)"
+    )]
+    TooOld {
+        /// The node.
+        node: NodeId,
+        /// Newest version that it understands.
+        version: u8,
+        /// What all members understand.
+        agreed: u8,
+    },
+    /// Not all members understand the command yet.
+    #[error(
+        "this needs cluster version {needed}, but the cluster is at version {agreed} until these nodes \
+         are upgraded, or removed: {behind}"
+    )]
+    TooNew {
+        /// The version that understands it.
+        needed: u8,
+        /// What all members understand.
+        agreed: u8,
+        /// Addresses of those that do not.
+        behind: String,
+    },
     /// Another node uses this address.
     #[error("address {address} belongs to node {node}, which is up")]
     AddressInUse {
@@ -414,15 +490,48 @@ pub enum Refusal {
         /// Address of the gateway that has it.
         holder: String,
     },
+    /// Nobody has the volume, so nobody hands it over.
+    #[error(
+        "no node that is up has volume '{0}', so there is nothing to take over; export it without --incoming"
+    )]
+    NothingToTakeOver(String),
+    /// The node has the volume itself.
+    #[error("this node has volume '{0}' itself, so there is nothing to take over")]
+    HasItItself(String),
+    /// Another node is waiting to take the volume over.
+    #[error("volume '{name}' is being handed over to {to} already; remove its export there first")]
+    HandoverElsewhere {
+        /// The volume.
+        name: String,
+        /// Address of the node that waits for it.
+        to: String,
+    },
+    /// The volume was attached, or given back by force, after the proposer looked.
+    #[error("volume '{0}' was attached again meanwhile")]
+    AttachedMeanwhile(String),
 }
 
 /// The answer to a command.
 pub type Answer = Result<Outcome, Refusal>;
 
+impl Command {
+    /// The first cluster version that understands this command.
+    #[must_use]
+    pub fn since(&self) -> u8 {
+        OLDEST_LOG_VERSION // a variant that is added later names its own
+    }
+}
+
 /// Encodes a command as a log entry.
 #[must_use]
 pub fn encode_command(command: &Command) -> Vec<u8> {
-    encode_versioned(command)
+    encode_versioned(command.since(), command)
+}
+
+/// The cluster version that a log entry or an answer was encoded for.
+#[must_use]
+pub fn version_of(bytes: &[u8]) -> u8 {
+    bytes.first().copied().unwrap_or_default()
 }
 
 /// Decodes a log entry.
@@ -433,10 +542,10 @@ pub fn decode_command(bytes: &[u8]) -> Result<Command, Refusal> {
     decode_versioned(bytes)
 }
 
-/// Encodes an answer.
+/// Encodes the answer to a command of this version, which its proposer understands.
 #[must_use]
-pub fn encode_answer(answer: &Answer) -> Vec<u8> {
-    encode_versioned(answer)
+pub fn encode_answer(version: u8, answer: &Answer) -> Vec<u8> {
+    encode_versioned(version.clamp(OLDEST_LOG_VERSION, LOG_VERSION), answer)
 }
 
 /// Decodes an answer.
@@ -447,17 +556,17 @@ pub fn decode_answer(bytes: &[u8]) -> Answer {
     decode_versioned::<Answer>(bytes)?
 }
 
-pub(crate) fn encode_versioned<T: Serialize>(value: &T) -> Vec<u8> {
-    let start = vec![LOG_VERSION];
+pub(crate) fn encode_versioned<T: Serialize>(version: u8, value: &T) -> Vec<u8> {
+    let start = vec![version];
     postcard::to_extend(value, start).expect("plain data always serialises into memory")
 }
 
 pub(crate) fn decode_versioned<T: for<'a> Deserialize<'a>>(bytes: &[u8]) -> Result<T, Refusal> {
     match bytes.split_first() {
-        Some((&LOG_VERSION, body)) => {
+        Some((&(OLDEST_LOG_VERSION..=LOG_VERSION), body)) => {
             postcard::from_bytes(body).map_err(|e| Refusal::Unknown(format!("malformed: {e}")))
         }
-        Some((version, _)) => Err(Refusal::Unknown(format!("version {version}"))),
+        Some((version, _)) => Err(Refusal::Unknown(format!("cluster version {version}"))),
         None => Err(Refusal::Unknown("empty".into())),
     }
 }

@@ -83,6 +83,9 @@ pub enum Body {
         /// Space may be released.
         release: bool,
     },
+    /// No block; only the version changes, so that what was undone stays undone wherever it may
+    /// still be. A full disk takes it.
+    Nothing,
 }
 
 impl Body {
@@ -91,6 +94,7 @@ impl Body {
     pub fn count(self) -> u16 {
         match self {
             Self::Data { count } | Self::Zero { count, .. } => count,
+            Self::Nothing => 0,
         }
     }
 }

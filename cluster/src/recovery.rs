@@ -31,6 +31,7 @@ use crate::message::{Call, Failure, Reply};
 use crate::state::Volume;
 use crate::view::{View, Waiting};
 use pass::Pass;
+pub(crate) use pass::used_slots;
 pub use plan::{Action, Listings, plan_layer};
 use sheepdog_types::{DiskId, LayerKey, NodeId, SlotId, Version, hash64};
 use std::collections::VecDeque;

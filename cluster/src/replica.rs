@@ -30,11 +30,10 @@ pub fn admit(view: &View, node: NodeId, has_lease: bool, call: &Call) -> Result<
     }
     match &call.request {
         Request::Write { key, prev, version, first, body } => {
-            check_blocks(*first, body.count())?;
-            if version.writer != call.writer || version.seq <= prev.seq {
-                return Err(Reject::Malformed);
+            if *body != Body::Nothing {
+                check_blocks(*first, body.count())?;
             }
-            if matches!(body, Body::Data { count: 0 }) {
+            if version.writer != call.writer || version.seq <= prev.seq {
                 return Err(Reject::Malformed);
             }
             check_layer(view, call, key.object, key.layer)

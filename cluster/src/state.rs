@@ -19,8 +19,8 @@ mod membership;
 mod placement;
 
 use crate::command::{
-    Answer, Command, LOG_VERSION, MAX_VOLUMES, Outcome, Refusal, VolumeSpec, decode_versioned,
-    encode_versioned,
+    Answer, Command, LOG_VERSION, MAX_VOLUMES, OLDEST_LOG_VERSION, Outcome, Refusal, VolumeSpec,
+    decode_versioned, encode_versioned,
 };
 use crate::history::EpochRecord;
 use crate::settings::{Setting, Settings};
@@ -48,6 +48,8 @@ pub struct Node {
     pub draining: bool,
     /// It is no member any more; remembered while a ring names its disks.
     pub removed: bool,
+    /// Newest cluster version that its release understands, as it said when it last entered.
+    pub version: u8,
 }
 
 /// A disk of a member.
@@ -65,7 +67,7 @@ pub struct Disk {
     pub entered: Epoch,
     /// It was down for so long that others take its place.
     pub out: bool,
-    /// It was given up: nobody waits for what only it had.
+    /// It was given up, and has not synchronised itself since: nobody waits for what only it had.
     pub lost: bool,
     /// It leaves the cluster once its data are elsewhere.
     pub retiring: bool,
@@ -80,6 +82,12 @@ pub struct Disk {
 }
 
 impl Disk {
+    /// It was given up, and has not come back since.
+    #[must_use]
+    pub fn is_given_up(&self) -> bool {
+        self.lost && self.out
+    }
+
     fn complete(&self) -> bool {
         self.missed_since.is_none() && !self.restarted && self.sync_from.is_none()
     }
@@ -110,6 +118,37 @@ pub struct Attachment {
     pub since: u64,
 }
 
+/// A volume may go back and forth between two nodes: its VM is being migrated.
+///
+/// ```text
+///            OpenHandover              TakeOver by `to`                 `from` lost its last client
+///   closed ───────────────► `from` has it ◄────────► `to` has it ──────────────────────────────────► closed
+///                             TakeOver by `from`         either side lost its exports, an operator ──►
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Handover {
+    /// Who had the volume when it began.
+    pub from: NodeId,
+    /// Who may take it over.
+    pub to: NodeId,
+    /// Seconds since 1970.
+    pub since: u64,
+}
+
+impl Handover {
+    /// Whether `node` may take the volume from the other one.
+    #[must_use]
+    pub fn involves(&self, node: NodeId) -> bool {
+        node == self.from || node == self.to
+    }
+
+    /// The other one of the two.
+    #[must_use]
+    pub fn other(&self, node: NodeId) -> NodeId {
+        if node == self.from { self.to } else { self.from }
+    }
+}
+
 /// A volume.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Volume {
@@ -125,6 +164,11 @@ pub struct Volume {
     pub writer: WriterGen,
     /// Who has it.
     pub attachment: Option<Attachment>,
+    /// Between whom it may go back and forth now.
+    pub handover: Option<Handover>,
+    /// An earlier gateway may have ended in the middle of writes, which some replicas have and others have
+    /// not; nobody has looked for all of them since.
+    pub unsettled: bool,
 }
 
 /// The whole agreed state.
@@ -158,6 +202,8 @@ pub struct ClusterState {
     pub removed_nodes: BTreeSet<NodeId>,
     /// Disks that were removed: none of them comes back.
     pub removed_disks: BTreeSet<DiskId>,
+    /// The cluster version: what all members understand. It never falls.
+    pub version: u8,
 }
 
 impl ClusterState {
@@ -205,23 +251,46 @@ impl ClusterState {
             Command::Attach { name, gateway, incarnation, at } => {
                 self.attach(&name, gateway, incarnation, at)
             }
-            Command::Detach { volume, writer } => self.detach(volume, writer),
+            Command::Detach { volume, writer, settled } => self.detach(volume, writer, settled),
+            Command::Settled { volume, writer } => self.settle(volume, writer),
+            Command::OpenHandover { name, to, incarnation, at } => {
+                self.open_handover(&name, to, incarnation, at)
+            }
+            Command::CloseHandover { volume, writer } => self.close_handover(volume, writer),
+            Command::TakeOver { volume, gateway, incarnation, seen, at } => {
+                self.take_over(volume, gateway, incarnation, seen, at)
+            }
         }
     }
 
-    /// The state as bytes, for a snapshot of the log.
+    /// Whether all members understand what was encoded for this cluster version.
+    ///
+    /// # Errors
+    /// [`Refusal::TooNew`], which names those that do not.
+    pub fn check_version(&self, needed: u8) -> Result<(), Refusal> {
+        if needed <= self.version.max(OLDEST_LOG_VERSION) {
+            return Ok(());
+        }
+        let behind = self.nodes.values().filter(|n| !n.removed && n.version < needed);
+        let behind: Vec<&str> = behind.map(|n| n.address.as_str()).collect();
+        Err(Refusal::TooNew { needed, agreed: self.version, behind: behind.join(", ") })
+    }
+
+    /// The state as bytes, for a snapshot of the log. All members understand it.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
-        encode_versioned(self)
+        encode_versioned(self.version.clamp(OLDEST_LOG_VERSION, LOG_VERSION), self)
     }
 
     /// The state from a snapshot.
     ///
     /// # Errors
-    /// A text for people: another version ([`LOG_VERSION`] is understood) or malformed bytes.
+    /// A text for people: a version that is not understood, or malformed bytes.
     pub fn decode(bytes: &[u8]) -> Result<Self, String> {
-        decode_versioned(bytes)
-            .map_err(|e| format!("cluster state (version {LOG_VERSION} is understood): {e}"))
+        decode_versioned(bytes).map_err(|refusal| {
+            let known = format!("{OLDEST_LOG_VERSION} to {LOG_VERSION}");
+            format!("the cluster state (versions {known} are understood): {refusal}")
+        })
     }
 
     /// The volume called `name`.
@@ -283,6 +352,8 @@ impl ClusterState {
             layer: Layer(0),
             writer: WriterGen(0),
             attachment: None,
+            handover: None,
+            unsettled: false,
         };
         self.put_volume(volume);
         Ok(Outcome::Created { volume: id })
@@ -302,34 +373,134 @@ impl ClusterState {
 
     fn attach(&mut self, name: &str, gateway: NodeId, incarnation: u64, at: u64) -> Answer {
         let volume = self.find_volume(name)?;
-        let node = self.nodes.get(&gateway).filter(|n| n.up && n.incarnation == incarnation);
-        if node.is_none() {
-            return Err(Refusal::NotMember(gateway));
-        }
+        self.check_up(gateway, incarnation)?;
         if let Some(attachment) = &volume.attachment
             && attachment.gateway != gateway
             && let Some(holder) = self.live_holder(attachment.gateway)
         {
             return Err(Refusal::AttachedElsewhere { name: name.into(), holder });
         }
-        let writer = WriterGen(volume.writer.0 + 1);
-        let mut volume = Volume::clone(&volume);
-        volume.writer = writer;
-        volume.attachment = Some(Attachment { gateway, writer, since: at });
-        let id = volume.id;
-        self.put_volume(volume);
-        Ok(Outcome::Attached { volume: id, writer })
+        Ok(self.give(&volume, gateway, at))
     }
 
-    fn detach(&mut self, id: VolumeId, writer: WriterGen) -> Answer {
-        if let Some(volume) = self.volumes.get(&id)
-            && volume.attachment.as_ref().is_some_and(|a| a.writer == writer)
+    /// Gives a volume to a gateway, as a new generation.
+    fn give(&mut self, volume: &Volume, gateway: NodeId, at: u64) -> Outcome {
+        let (mut volume, writer) = (volume.clone(), WriterGen(volume.writer.0 + 1));
+        volume.writer = writer;
+        volume.unsettled |= volume.attachment.is_some();
+        volume.attachment = Some(Attachment { gateway, writer, since: at });
+        volume.handover = volume.handover.filter(|h| h.involves(gateway));
+        let id = volume.id;
+        self.put_volume(volume);
+        Outcome::Attached { volume: id, writer }
+    }
+
+    fn open_handover(&mut self, name: &str, to: NodeId, incarnation: u64, at: u64) -> Answer {
+        let mut volume = Volume::clone(&*self.find_volume(name)?);
+        self.check_up(to, incarnation)?;
+        let holder = volume.attachment.as_ref().map(|a| a.gateway);
+        let from = holder.filter(|holder| self.live_holder(*holder).is_some());
+        let from = from.ok_or_else(|| Refusal::NothingToTakeOver(name.into()))?;
+        if from == to {
+            // A guest that has gone and is to come back may have had no request: nothing was taken over yet.
+            let open = volume.handover.filter(|h| h.involves(to));
+            return open.map(|_| Outcome::Done).ok_or_else(|| Refusal::HasItItself(name.into()));
+        }
+        let open = volume.handover.map(|h| (h.from, h.to));
+        if let Some((_, waiting)) = open.filter(|(a, b)| ![*a, *b].contains(&to))
+            && let Some(address) = self.live_holder(waiting)
         {
-            let mut volume = Volume::clone(volume);
-            volume.attachment = None;
+            return Err(Refusal::HandoverElsewhere { name: name.into(), to: address });
+        }
+        if open != Some((from, to)) {
+            volume.handover = Some(Handover { from, to, since: at });
             self.put_volume(volume);
         }
         Ok(Outcome::Done)
+    }
+
+    fn close_handover(&mut self, id: VolumeId, writer: Option<WriterGen>) -> Answer {
+        // Who left after it had handed the volume over must not close the way back, opened meanwhile.
+        let left = |volume: &Volume, handover: &Handover, writer| {
+            let holder = volume.attachment.as_ref().map(|a| a.gateway);
+            writer == volume.writer && holder != Some(handover.from)
+        };
+        if let Some(volume) = self.volumes.get(&id)
+            && let Some(handover) = &volume.handover
+            && writer.is_none_or(|writer| left(volume, handover, writer))
+        {
+            let closed = Volume { handover: None, ..Volume::clone(volume) };
+            self.put_volume(closed);
+        }
+        Ok(Outcome::Done)
+    }
+
+    fn take_over(
+        &mut self,
+        id: VolumeId,
+        gateway: NodeId,
+        incarnation: u64,
+        seen: WriterGen,
+        at: u64,
+    ) -> Answer {
+        let volume = self.volumes.get(&id).cloned();
+        let volume = volume.ok_or_else(|| Refusal::NoSuchVolume(id.to_string()))?;
+        let name = || volume.spec.name.clone();
+        self.check_up(gateway, incarnation)?;
+        // A proposal that was late must not take the volume from whoever was given it meanwhile.
+        if volume.writer != seen {
+            return Err(Refusal::AttachedMeanwhile(name()));
+        }
+        if let Some(attachment) = &volume.attachment
+            && attachment.gateway != gateway
+            && !volume.handover.is_some_and(|h| h.involves(gateway))
+            && let Some(holder) = self.live_holder(attachment.gateway)
+        {
+            return Err(Refusal::AttachedElsewhere { name: name(), holder });
+        }
+        Ok(self.give(&volume, gateway, at))
+    }
+
+    /// A node leaves for good.
+    fn end_handovers(&mut self, node: NodeId) {
+        let involved = |v: &&Arc<Volume>| v.handover.is_some_and(|h| h.involves(node));
+        let ids: Vec<VolumeId> = self.volumes.values().filter(involved).map(|v| v.id).collect();
+        for id in ids {
+            // It only refuses what does not exist.
+            let _ = self.close_handover(id, None);
+        }
+    }
+
+    fn check_up(&self, node: NodeId, incarnation: u64) -> Result<(), Refusal> {
+        let found = self.nodes.get(&node).filter(|n| n.up && n.incarnation == incarnation);
+        found.map(|_| ()).ok_or(Refusal::NotMember(node))
+    }
+
+    fn detach(&mut self, id: VolumeId, writer: WriterGen, settled: bool) -> Answer {
+        if let Some(mut volume) = self.attached_with(id, writer) {
+            volume.attachment = None;
+            if !settled {
+                volume.unsettled = true;
+                volume.writer = WriterGen(writer.0 + 1);
+            }
+            self.put_volume(volume);
+        }
+        Ok(Outcome::Done)
+    }
+
+    fn settle(&mut self, id: VolumeId, writer: WriterGen) -> Answer {
+        if let Some(mut volume) = self.attached_with(id, writer) {
+            volume.unsettled = false;
+            self.put_volume(volume);
+        }
+        Ok(Outcome::Done)
+    }
+
+    /// A copy of the volume, if this generation has it.
+    fn attached_with(&self, id: VolumeId, writer: WriterGen) -> Option<Volume> {
+        let volume = self.volumes.get(&id)?;
+        let attachment = volume.attachment.as_ref()?;
+        (attachment.writer == writer).then(|| Volume::clone(volume))
     }
 
     fn find_volume(&self, name: &str) -> Result<Arc<Volume>, Refusal> {

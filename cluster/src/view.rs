@@ -82,7 +82,7 @@ pub struct DiskView {
     pub entered: Epoch,
     /// It was down for so long that others take its place.
     pub out: bool,
-    /// It was given up: nobody waits for it.
+    /// It was given up, and has not synchronised itself since: nobody waits for it.
     pub lost: bool,
     /// It, or its node, is to hold nothing.
     pub draining: bool,
@@ -94,6 +94,14 @@ pub struct DiskView {
     pub restarted: bool,
     /// It has to compare itself with its peers as of this epoch.
     pub sync_from: Option<Epoch>,
+}
+
+impl DiskView {
+    /// It is up and lacks nothing that was acknowledged.
+    #[must_use]
+    pub fn is_intact(&self) -> bool {
+        self.up && self.missed_since.is_none() && !self.restarted
+    }
 }
 
 /// A node as the data path sees it.
@@ -309,13 +317,13 @@ impl View {
         copies: usize,
         min_copies: usize,
     ) -> bool {
-        let intact = |d: &DiskView| d.up && d.missed_since.is_none() && !d.restarted;
-        if self.disks.values().all(intact) {
+        if self.disks.values().all(DiskView::is_intact) {
             return self.disks.len() >= min_copies;
         }
         let enough = |slot: SlotId| {
             let home = self.home(slot, copies);
-            let count = home.iter().filter(|d| self.disks.get(d).is_some_and(intact)).count();
+            let count =
+                home.iter().filter(|d| self.disks.get(d).is_some_and(DiskView::is_intact)).count();
             count >= self.needed(&home, min_copies)
         };
         if objects >= SLOTS as u64 {
@@ -382,7 +390,7 @@ impl View {
         let up_with = |keep: &dyn Fn(&DiskView) -> bool| -> Disks {
             home.iter().filter(|d| view(d).is_some_and(|v| v.up && keep(v))).collect()
         };
-        let intact = up_with(&|d| d.missed_since.is_none() && !d.restarted);
+        let intact = up_with(&DiskView::is_intact);
         if !intact.is_empty() {
             return Ok(intact);
         }
@@ -393,22 +401,28 @@ impl View {
                 Some(Standing { disk, up, out, missed_since })
             })
             .collect();
+        // What was given up may have let others take writes: who has them, nobody can tell any
+        // more. Then the newest version that is left counts.
+        let is_given_up = |d: &DiskId| view(d).is_none_or(|v| v.lost);
+        let some_given_up = home.iter().any(|d| is_given_up(&d));
+        let left = || {
+            let kept = up_with(&|v| !v.lost);
+            if kept.is_empty() { up_with(&|_| true) } else { kept }
+        };
         let eligible = match holders(&self.history, &standings, min_copies) {
-            Ok(holding) if holding.is_empty() => up_with(&|_| true),
+            Ok(holding) if holding.is_empty() => left(),
             Ok(holding) => {
                 let up: Disks = holding.iter().copied().filter(|d| self.is_up(*d)).collect();
                 // Nobody waits for what was given up, even where nothing was ever written.
                 let mut awaited = holding;
-                awaited.retain(|d| view(d).is_some_and(|v| !v.lost));
+                awaited.retain(|d| !is_given_up(d));
                 if up.is_empty() && !awaited.is_empty() {
                     return Err(Waiting::For(awaited));
                 }
-                if up.is_empty() { up_with(&|_| true) } else { up }
+                if up.is_empty() || some_given_up { left() } else { up }
             }
             // The operator knows that it takes what is left, however old.
-            Err(Forgotten) if home.iter().any(|d| view(&d).is_none_or(|v| v.lost)) => {
-                up_with(&|_| true)
-            }
+            Err(Forgotten) if some_given_up => left(),
             Err(Forgotten) => return Err(Waiting::Forgotten),
         };
         Ok(eligible)

@@ -4,16 +4,16 @@
 
 mod common;
 
-use common::{attach, attached, disk, down, enter, view};
-use sheepdog_cluster::command::Ack;
+use common::{attach, attached, disk, down, enter, key, view};
+use sheepdog_cluster::command::{Ack, Command};
 use sheepdog_cluster::gateway::{Config, Effect, Gateway, MAX_ACTIVE_REQUESTS, Phase, ReplyData};
-use sheepdog_cluster::message::{Call, Failure, Reject, Reply, Request};
+use sheepdog_cluster::message::{Body, Call, Failure, Reject, Reply, Request};
 use sheepdog_cluster::state::ClusterState;
 use sheepdog_types::{
-    BLOCK_SIZE, BlockError, Completion, DiskId, Done, Layer, NodeId, OBJECT_SIZE, Op, Sink, Token,
-    Version, VolumeId, WriterGen,
+    BLOCK_SIZE, BlockError, Completion, DiskId, Done, Layer, NodeId, OBJECT_SIZE, ObjectId,
+    ObjectIndex, Op, Sink, SlotId, Token, Version, VolumeId, WriterGen,
 };
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex};
 
 const SIZE: u64 = 4 * OBJECT_SIZE;
@@ -37,6 +37,7 @@ struct Bench {
     inbox: Arc<Inbox>,
     /// Versions of the layers of each disk.
     versions: BTreeMap<(DiskId, u32), Version>,
+    returned: Vec<(Op, Token)>,
     lost: usize,
     tag: u64,
     most_calls: usize,
@@ -61,8 +62,28 @@ impl Bench {
         };
         let gateway = Gateway::new(config, view(&state));
         let (calls, inbox, versions) = (VecDeque::new(), Arc::default(), BTreeMap::new());
-        let mut bench =
-            Self { state, gateway, calls, inbox, versions, lost: 0, tag: 0, most_calls: 0 };
+        let mut bench = Self {
+            state,
+            gateway,
+            calls,
+            inbox,
+            versions,
+            returned: Vec::new(),
+            lost: 0,
+            tag: 0,
+            most_calls: 0,
+        };
+        bench.pump();
+        bench
+    }
+
+    /// The gateway before died while node 1 had the volume.
+    fn taken_over(size: u64) -> Self {
+        let mut bench = Self::new(2, size);
+        attach(&mut bench.state, "vm", 1, 1).unwrap();
+        let config = Config { writer: WriterGen(2), ..bench.gateway.config().clone() };
+        bench.gateway = Gateway::new(config, view(&bench.state));
+        bench.calls.clear();
         bench.pump();
         bench
     }
@@ -81,6 +102,7 @@ impl Bench {
                 Effect::Complete { token, completion } => {
                     token.complete(completion, &mut sheepdog_types::Burst::new());
                 }
+                Effect::Return { op, token } => self.returned.push((op, token)),
                 Effect::LostWrites { .. } => self.lost += 1,
             }
         }
@@ -127,6 +149,7 @@ impl Bench {
             Request::Read { count, .. } => {
                 return (Reply::Data { count: *count }, vec![5; usize::from(*count) * BLOCK_SIZE]);
             }
+            Request::Digests { slots, .. } => digests(slots, None),
             _ => Reply::Done,
         };
         (reply, Vec::new())
@@ -164,6 +187,11 @@ impl Bench {
         self.gateway.handle_tick();
         self.pump();
     }
+}
+
+/// A write of some blocks, for which a full disk has no room.
+fn is_data(call: &Call) -> bool {
+    matches!(call.request, Request::Write { body: Body::Data { .. }, .. })
 }
 
 fn is_write(call: &Call) -> bool {
@@ -205,6 +233,143 @@ fn i4_nothing_is_served_before_every_up_disk_is_fenced() {
     bench.tick();
     bench.answer_all();
     assert_eq!(bench.outcome(write), Some(Ok(0)));
+}
+
+fn digests(slots: &[SlotId], other: Option<SlotId>) -> Reply {
+    let digest = |slot: &SlotId| u64::from(Some(*slot) == other);
+    Reply::Digests { digests: slots.iter().map(digest).collect() }
+}
+
+/// The gateway before died; of 9 objects, one differs.
+#[test]
+fn i1_a_takeover_makes_equal_what_nobody_uses_and_lets_guests_go_first() {
+    const OBJECTS: u32 = 9;
+    let mut bench = Bench::taken_over(u64::from(OBJECTS) * OBJECT_SIZE);
+    let different = 4;
+    bench.versions.extend(
+        [(1, 7), (2, 7), (3, 6)]
+            .map(|(d, seq)| ((disk(d), different), Version { writer: WriterGen(1), seq })),
+    );
+    let slot = key(different).object.slot();
+    let mut asked = BTreeSet::new();
+    let mut opened = BTreeSet::new();
+    let answer = |bench: &mut Bench, asked: &mut BTreeSet<DiskId>, opened: &mut BTreeSet<u32>| {
+        bench.answer_with(|call| match &call.request {
+            Request::Digests { slots, .. } => {
+                asked.insert(call.disk);
+                assert_eq!(slots.len(), OBJECTS as usize);
+                Some(digests(slots, (call.disk == disk(3)).then_some(slot)))
+            }
+            Request::Stat { key } => {
+                opened.insert(key.object.index.0);
+                None
+            }
+            _ => None,
+        });
+    };
+    // A disk that has something else to do is asked again, at a tick.
+    bench.answer_with(|call| {
+        let digests = matches!(call.request, Request::Digests { .. });
+        digests.then_some(Reply::Failed(Failure::Busy))
+    });
+    assert!(!bench.gateway.is_settled() && bench.gateway.wants_tick());
+    // A guest does not wait for it.
+    let write = bench.write(OBJECT_SIZE, BLOCK);
+    bench.answer_all();
+    assert_eq!(bench.outcome(write), Some(Ok(0)));
+    bench.tick();
+    answer(&mut bench, &mut asked, &mut opened);
+    assert_eq!(asked, [1, 2, 3].map(disk).into());
+    assert_eq!(opened, [different].into(), "nothing but what differs is looked at");
+    let found = [1, 2, 3].map(|d| bench.versions[&(disk(d), different)].seq);
+    assert_eq!((found, bench.gateway.counters().reconciled), ([7, 7, 7], 1));
+    assert!(bench.gateway.is_settled() && !bench.gateway.wants_tick());
+}
+
+#[test]
+fn after_a_takeover_what_cannot_be_asked_for_now_is_looked_at_later() {
+    let mut bench = Bench::taken_over(SIZE);
+    let busy = |call: &Call| {
+        let digests = matches!(call.request, Request::Digests { .. });
+        digests.then_some(Reply::Rejected(Reject::NoLease))
+    };
+    bench.answer_with(busy);
+    // Two of three are down: nothing can be compared, and nothing is asked for all the time.
+    down(&mut bench.state, 3, 1).unwrap();
+    down(&mut bench.state, 2, 1).unwrap();
+    bench.show();
+    bench.answer_with(busy);
+    bench.tick();
+    assert!(!bench.gateway.is_settled() && !bench.gateway.wants_tick());
+    // They come back without the newest version. What is compared by now counts; what was skipped is opened.
+    enter(&mut bench.state, 2, 2).unwrap();
+    bench.show();
+    bench.answer_all();
+    assert!(bench.gateway.is_settled(), "{:?}", bench.gateway.counters());
+    assert!(bench.gateway.counters().reconciled > 0);
+}
+
+#[test]
+fn after_a_clean_detach_nothing_is_looked_for() {
+    let mut bench = Bench::new(2, SIZE);
+    bench.answer_with(panic_unless_fence);
+    assert!(bench.gateway.is_settled());
+    // A volume whose replicas may differ for a failed write is not settled.
+    let bad = bench.write(0, BLOCK);
+    bench.answer_with(|call| match &call.request {
+        Request::Write { .. } if call.disk == disk(3) => Some(Reply::Failed(Failure::NoSpace)),
+        Request::Recover { .. } => Some(Reply::Failed(Failure::Busy)),
+        _ => None,
+    });
+    assert_eq!(bench.outcome(bad), Some(Err(BlockError::NoSpace)));
+    assert!(bench.gateway.is_idle() && !bench.gateway.is_settled());
+    bench.tick();
+    bench.answer_all();
+    assert!(bench.gateway.is_settled());
+}
+
+fn panic_unless_fence(call: &Call) -> Option<Reply> {
+    assert!(matches!(call.request, Request::Fence { .. }), "{call:?}");
+    None
+}
+
+/// What an old gateway left different is made equal, a flush overtakes that, and the answer to it comes when
+/// nobody waits for it.
+#[test]
+fn i3_a_flush_goes_to_disks_that_copied_although_nobody_heard_of_it() {
+    let mut bench = Bench::taken_over(SIZE);
+    for (number, seq) in [(1, 2), (2, 1), (3, 1)] {
+        bench.versions.insert((disk(number), 0), Version { writer: WriterGen(1), seq });
+    }
+    bench.submit(Op::Read { offset: 0, len: BLOCK as u32 });
+    let mut held = Vec::new();
+    while let Some((id, _, call)) = bench.calls.pop_front() {
+        if matches!(call.request, Request::Recover { .. }) {
+            held.push((id, call));
+            continue;
+        }
+        let (reply, bytes) = bench.good_reply(&call);
+        bench.reply(id, reply, bytes);
+    }
+    assert_eq!(held.len(), 2, "{held:?}");
+    let flush = bench.submit(Op::Flush);
+    bench.answer_all();
+    assert_eq!(bench.outcome(flush), Some(Ok(0)));
+    // One of the two copies fails, so the object is opened again; the other is made then, unheard.
+    let (failed, _) = held.pop().unwrap();
+    bench.reply(failed, Reply::Failed(Failure::Busy), Vec::new());
+    let (id, copied) = held.pop().unwrap();
+    let (reply, bytes) = bench.good_reply(&copied);
+    bench.reply(id, reply, bytes);
+    bench.tick();
+    bench.answer_all();
+    assert!(bench.versions.values().all(|v| v.seq == 2), "{:?}", bench.versions);
+    let flush = bench.submit(Op::Flush);
+    let asked = |(_, _, call): &(u64, NodeId, Call)| call.disk == copied.disk;
+    assert!(bench.calls.iter().any(asked), "{:?}", bench.calls);
+    bench.answer_all();
+    assert_eq!(bench.outcome(flush), Some(Ok(0)));
+    assert!(bench.gateway.is_settled());
 }
 
 #[test]
@@ -319,16 +484,84 @@ fn i11_a_full_disk_fails_the_write_and_the_others_go_back() {
     bench.answer_all();
     let bad = bench.write(0, BLOCK);
     bench.answer_with(|c| {
-        (c.disk == disk(3) && is_write(c)).then_some(Reply::Failed(Failure::NoSpace))
+        (c.disk == disk(3) && is_data(c)).then_some(Reply::Failed(Failure::NoSpace))
     });
     assert_eq!(bench.outcome(good), Some(Ok(0)));
     assert_eq!(bench.outcome(bad), Some(Err(BlockError::NoSpace)));
     let versions: Vec<u64> = bench.versions.values().map(|v| v.seq).collect();
-    assert_eq!(versions, [1, 1, 1], "as before");
+    assert_eq!(versions, [3, 3, 3], "as before, and newer than what was undone");
     let after = bench.write(BLOCK, BLOCK);
     bench.answer_all();
     assert_eq!(bench.outcome(after), Some(Ok(0)));
-    assert!(bench.versions.values().all(|v| v.seq == 3), "2 is never used twice");
+    assert!(bench.versions.values().all(|v| v.seq == 4), "2 is never used twice");
+}
+
+/// A write fails, and a disk that has done it is away before it was undone there. What it has must not
+/// be newer than what was read meanwhile.
+#[test]
+fn i11_a_failed_write_never_comes_back_from_a_disk_that_was_away() {
+    let mut bench = Bench::serving();
+    bench.write(0, BLOCK);
+    bench.answer_all();
+    let bad = bench.write(0, BLOCK);
+    let mute = |c: &Call| {
+        let undoes = c.disk == disk(2) && !is_data(c);
+        undoes.then_some(Reply::Failed(Failure::Source))
+    };
+    bench.answer_with(|c| match is_data(c) && c.disk == disk(3) {
+        true => Some(Reply::Failed(Failure::NoSpace)),
+        false => mute(c),
+    });
+    assert_eq!(bench.outcome(bad), Some(Err(BlockError::NoSpace)));
+    let left = bench.versions[&(disk(2), 0)];
+    let read = bench.submit(Op::Read { offset: 0, len: BLOCK as u32 });
+    bench.answer_with(mute);
+    assert_eq!(bench.outcome(read), None, "the disk is up, and may have it");
+    down(&mut bench.state, 2, 1).unwrap();
+    bench.show();
+    bench.answer_all();
+    assert!(matches!(bench.outcome(read), Some(Ok(_))));
+    for up in [1, 3] {
+        assert!(bench.versions[&(disk(up), 0)] > left, "disk {up}");
+    }
+}
+
+/// A write of a new object, or the copy of an old one before the write, finds no room on a disk that the
+/// object only moves to: it waits until the cluster knows, and succeeds without that disk.
+#[test]
+fn i11_a_full_disk_that_an_object_moves_to_fails_no_write() {
+    for new in [true, false] {
+        let mut bench = Bench::serving();
+        let object = (0..4).find(|index| {
+            let object = ObjectId { volume: VolumeId(1), index: ObjectIndex(*index) };
+            let mut state = bench.state.clone();
+            enter(&mut state, 4, 1).unwrap();
+            view(&state).is_member(object.slot(), 3, disk(4))
+        });
+        let offset = u64::from(object.unwrap()) * OBJECT_SIZE;
+        if !new {
+            bench.write(offset, BLOCK);
+            bench.answer_all();
+        }
+        enter(&mut bench.state, 4, 1).unwrap();
+        bench.show();
+        let write = bench.write(offset, BLOCK);
+        for _ in 0..3 {
+            let full = Reply::Failed(Failure::NoSpace);
+            bench.answer_with(|c| {
+                let changes = is_write(c) || matches!(c.request, Request::Recover { .. });
+                (c.disk == disk(4) && changes).then(|| full.clone())
+            });
+            assert_eq!(bench.outcome(write), None);
+            bench.tick();
+        }
+        let full = Command::DiskFull { disk: disk(4), incarnation: 1, full: true, at: 0 };
+        bench.state.apply(full).unwrap();
+        bench.calls.clear();
+        bench.show();
+        bench.answer_all();
+        assert_eq!(bench.outcome(write), Some(Ok(0)));
+    }
 }
 
 #[test]
@@ -394,7 +627,15 @@ fn a_flush_does_not_wait_for_a_clean_disk_that_is_gone() {
 fn a_newer_writer_ends_everything() {
     for by_view in [true, false] {
         let mut bench = Bench::serving();
-        let write = bench.write(0, BLOCK);
+        let write = Op::Write { offset: 3, data: vec![7; 9000], fua: true };
+        let rest = [
+            Op::Read { offset: SIZE - 5, len: 5 },
+            Op::Flush,
+            Op::Discard { offset: 0, len: SIZE },
+            Op::WriteZeroes { offset: 1, len: 7, may_unmap: true, fua: false },
+        ];
+        let tag = bench.submit(write.clone());
+        rest.iter().for_each(|op| _ = bench.submit(op.clone()));
         if by_view {
             attach(&mut bench.state, "vm", 1, 1).unwrap();
             bench.show();
@@ -402,10 +643,40 @@ fn a_newer_writer_ends_everything() {
             bench.answer_with(|_| Some(Reply::Rejected(Reject::Fenced { newest: WriterGen(2) })));
         }
         assert_eq!(bench.gateway.phase(), Phase::Fenced);
-        assert_eq!(bench.outcome(write), Some(Err(BlockError::Io)));
-        let late = bench.submit(Op::Read { offset: 0, len: 1 });
-        assert_eq!(bench.outcome(late), Some(Err(BlockError::Io)));
+        // What was in progress comes back as it was, and so does what comes later.
+        let late = Op::Read { offset: 0, len: 1 };
+        bench.submit(late.clone());
         assert!(bench.gateway.is_idle());
+        assert_eq!(bench.outcome(tag), None);
+        let mut expected = vec![write];
+        expected.extend(rest.into_iter().chain([late]));
+        let returned: Vec<Op> = bench.returned.drain(..).map(|(op, _)| op).collect();
+        assert_eq!(returned, expected);
+        assert_eq!(bench.outcome(tag), Some(Err(BlockError::Io)), "nobody took it");
+    }
+}
+
+/// A gateway with a disk is fenced by that; one without may not have heard of a newer writer.
+#[test]
+fn i4_a_gateway_without_a_disk_asks_even_for_what_was_never_written() {
+    for without_disk in [false, true] {
+        let mut bench = Bench::serving();
+        if without_disk {
+            let config = Config { node: NodeId(9), ..bench.gateway.config().clone() };
+            bench.gateway = Gateway::new(config, view(&bench.state));
+            bench.pump();
+        }
+        let read = Op::Read { offset: 0, len: 512 };
+        let first = bench.submit(read.clone());
+        bench.answer_all();
+        assert_eq!(bench.outcome(first), Some(Ok(512)));
+        let again = bench.submit(read);
+        bench.answer_with(|_| Some(Reply::Rejected(Reject::Fenced { newest: WriterGen(2) })));
+        let expected = (!without_disk).then_some(Ok(512));
+        assert_eq!(bench.outcome(again), expected);
+        let zeroes = Op::WriteZeroes { offset: 0, len: BLOCK, may_unmap: false, fua: false };
+        let zeroed = bench.submit(zeroes);
+        assert_eq!(bench.outcome(zeroed), (!without_disk).then_some(Ok(0)));
     }
 }
 

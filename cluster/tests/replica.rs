@@ -225,6 +225,7 @@ fn random_bytes_never_panic_and_are_bounded() {
         }
     }
     assert!(understood > 100, "only {understood} frames were understood");
-    let detach = Command::Detach { volume: VolumeId(u64::MAX), writer: WriterGen(u64::MAX) };
+    let (volume, writer) = (VolumeId(u64::MAX), WriterGen(u64::MAX));
+    let detach = Command::Detach { volume, writer, settled: false };
     assert!(attached(2, SIZE).apply(detach).is_ok());
 }

@@ -1,9 +1,9 @@
 //! Flush: everything acknowledged before it is durable on every replica (I3).
 
-use super::request::{Kind, Piece, PieceKind};
+use super::request::{Kind, Origin, Piece, PieceKind};
 use super::{Gateway, Purpose, is_passing};
 use crate::message::{Reply, Request};
-use sheepdog_types::{BlockError, DiskId, Epoch, OBJECT_SIZE, ObjectIndex, Token};
+use sheepdog_types::{BlockError, DiskId, Epoch, OBJECT_SIZE, ObjectIndex, Op, Token};
 use std::collections::BTreeMap;
 
 /// What is not durable yet.
@@ -92,7 +92,7 @@ impl Gateway {
     }
 
     pub(super) fn begin_flush(&mut self, token: Token) {
-        let id = self.admit(token, 0, Kind::Flush(GuestFlush::default()));
+        let id = self.admit(token, Origin::Plain(Op::Flush), 0, Kind::Flush(GuestFlush::default()));
         self.start_flush(id);
     }
 

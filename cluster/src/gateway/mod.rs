@@ -23,6 +23,7 @@ mod flush;
 mod object;
 mod open;
 mod read;
+mod reconcile;
 mod request;
 mod write;
 
@@ -33,10 +34,11 @@ use crate::view::{Disks, View};
 use flush::FlushState;
 use object::Object;
 use read::ReadPiece;
+use reconcile::Reconcile;
 use request::GuestRequest;
 use sheepdog_types::{
-    BlockError, Completion, DiskId, Epoch, Layer, LayerKey, NodeId, ObjectId, ObjectIndex, Op,
-    Token, VolumeId, WriterGen,
+    Completion, DiskId, Epoch, Layer, LayerKey, NodeId, ObjectId, ObjectIndex, Op, SlotId, Token,
+    VolumeId, WriterGen,
 };
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
@@ -89,6 +91,14 @@ pub enum Effect {
         /// Its outcome.
         completion: Completion,
     },
+    /// A newer writer has the volume: this request, which may have been carried out in part, is not done,
+    /// and goes back to the caller.
+    Return {
+        /// The request.
+        op: Op,
+        /// Its token.
+        token: Token,
+    },
     /// Acknowledged writes of this object are gone from every replica: all of them restarted
     /// before a flush. The next flush fails; an operator should hear of it.
     LostWrites {
@@ -111,7 +121,7 @@ pub enum Phase {
     Fencing,
     /// Serves I/O.
     Serving,
-    /// A newer writer has the volume, or it was deleted: every request fails.
+    /// A newer writer has the volume, or it was deleted: every request is returned.
     Fenced,
 }
 
@@ -120,10 +130,11 @@ pub enum Phase {
 enum Purpose {
     Fence,
     Stat { object: ObjectIndex },
-    Recover { object: ObjectIndex },
+    Change { object: ObjectIndex },
     Write { object: ObjectIndex },
     Read(ReadPiece),
     Flush { request: u64 },
+    Compare { slots: Vec<SlotId> },
 }
 
 #[derive(Debug)]
@@ -140,6 +151,8 @@ pub struct Counters {
     pub opened: u64,
     /// Replicas made equal while opening.
     pub recovered: u64,
+    /// Objects opened only because an earlier gateway may have left their replicas different.
+    pub reconciled: u64,
     /// Calls sent again after a rejection or a lost connection.
     pub resent: u64,
     /// Replies to calls that were given up by then.
@@ -168,6 +181,8 @@ pub struct Gateway {
     active_bytes: u64,
     unreachable: BTreeSet<NodeId>,
     flush: FlushState,
+    /// What is left to look for after a takeover.
+    reconcile: Option<Reconcile>,
     effects: VecDeque<Effect>,
     counters: Counters,
 }
@@ -193,10 +208,12 @@ impl Gateway {
             active_bytes: 0,
             unreachable: BTreeSet::new(),
             flush: FlushState::new(epoch),
+            reconcile: None,
             effects: VecDeque::new(),
             counters: Counters::default(),
         };
         gateway.inherit_unflushed();
+        gateway.inherit_unsettled();
         gateway.check_attachment();
         gateway.send_fences();
         gateway
@@ -205,7 +222,7 @@ impl Gateway {
     /// Takes a request of the guest.
     pub fn handle_request(&mut self, op: Op, token: Token) {
         match self.phase {
-            Phase::Fenced => self.complete(token, Err(BlockError::Io)),
+            Phase::Fenced => self.effects.push_back(Effect::Return { op, token }),
             Phase::Fencing => self.queue.push_back((op, token)),
             Phase::Serving if self.is_full() => self.queue.push_back((op, token)),
             Phase::Serving => self.begin(op, token),
@@ -228,12 +245,14 @@ impl Gateway {
         match purpose {
             Purpose::Fence => self.on_fence_reply(disk, &reply),
             Purpose::Stat { object } => self.on_stat_reply(object, disk, &reply),
-            Purpose::Recover { object } => self.on_recover_reply(object, disk, &reply),
+            Purpose::Change { object } => self.on_change_reply(object, disk, &reply),
             Purpose::Write { object } => self.on_write_reply(object, disk, id, &reply),
             Purpose::Read(piece) => self.on_read_reply(piece, disk, &reply, data),
             Purpose::Flush { request } => self.on_flush_reply(request, disk, &reply),
+            Purpose::Compare { slots } => self.on_digests(&slots, &reply),
         }
         self.drain_queue();
+        self.reconcile();
     }
 
     /// Takes a new revision of the cluster.
@@ -259,6 +278,8 @@ impl Gateway {
         }
         self.resend_reads();
         self.drain_queue();
+        self.review_reconcile();
+        self.reconcile();
     }
 
     /// The connection to `node` was lost, or cannot be made: its calls have no reply.
@@ -271,9 +292,10 @@ impl Gateway {
             match pending.purpose {
                 // Another replica may answer now.
                 Purpose::Read(piece) => self.dispatch_read(piece),
-                Purpose::Stat { object } | Purpose::Recover { object } => {
+                Purpose::Stat { object } | Purpose::Change { object } => {
                     self.abandon_opening(object);
                 }
+                Purpose::Compare { .. } => self.compare_later(),
                 // Sent again when the node is reachable or out of the epoch.
                 Purpose::Fence | Purpose::Write { .. } | Purpose::Flush { .. } => {}
             }
@@ -305,6 +327,8 @@ impl Gateway {
         self.resend_flushes();
         self.resend_reads();
         self.drain_queue();
+        self.compare_again();
+        self.reconcile();
     }
 
     /// Whether something waits for [`Gateway::handle_tick`].
@@ -313,6 +337,7 @@ impl Gateway {
         !self.retry.is_empty()
             || !self.retry_reads.is_empty()
             || self.flush.retry
+            || self.reconcile.as_ref().is_some_and(Reconcile::wants_tick)
             || (self.phase == Phase::Fencing && self.calls.is_empty())
     }
 
@@ -325,6 +350,14 @@ impl Gateway {
     #[must_use]
     pub fn is_idle(&self) -> bool {
         self.requests.is_empty() && self.queue.is_empty()
+    }
+
+    /// Whether all replicas of all objects are equal, as far as they are up: nothing that earlier gateways
+    /// may have left different is still to be looked at, and nothing is under way.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        let busy = |index| self.objects.get(index).is_some_and(Object::is_busy);
+        self.phase == Phase::Serving && self.reconcile.is_none() && !self.active.iter().any(busy)
     }
 
     /// Where it stands.
@@ -351,25 +384,23 @@ impl Gateway {
         self.active.iter().filter(|o| self.slot_of(**o).is_none()).count()
     }
 
-    /// Fails everything with an error, in progress or queued, and everything from now on.
+    /// Returns everything, in progress or queued, and everything from now on.
     pub fn fence_off(&mut self) {
         self.phase = Phase::Fenced;
-        let ids: Vec<u64> = self.requests.iter().map(|(id, _)| id).collect();
-        for id in ids {
-            if let Some(token) = self.requests.remove(id).and_then(|mut r| r.take_token()) {
-                self.complete(token, Err(BlockError::Io));
-            }
-        }
-        for (_, token) in std::mem::take(&mut self.queue) {
-            self.complete(token, Err(BlockError::Io));
-        }
-        self.calls = Slab::default();
-        self.rmws = Slab::default();
         self.objects.clear();
+        self.rmws = Slab::default();
+        self.calls = Slab::default();
+        let ids: Vec<u64> = self.requests.iter().map(|(id, _)| id).collect();
+        let begun = ids.into_iter().filter_map(|id| self.requests.remove(id)?.take_back());
+        let begun: Vec<(Op, Token)> = begun.collect();
+        for (op, token) in begun.into_iter().chain(std::mem::take(&mut self.queue)) {
+            self.effects.push_back(Effect::Return { op, token });
+        }
         self.active.clear();
         self.retry.clear();
         self.retry_reads.clear();
         self.flush = FlushState::new(self.view.epoch);
+        self.reconcile = None;
         self.active_bytes = 0;
         self.effects.retain(|effect| !matches!(effect, Effect::Call { .. }));
     }
@@ -477,6 +508,12 @@ impl Gateway {
     fn slot_of(&self, index: ObjectIndex) -> Option<crate::view::SlotView> {
         let slot = self.object_id(index).slot();
         self.view.slot(slot, self.config.copies, self.config.min_copies).ok()
+    }
+
+    /// Whether the object is only on its way to a disk, which the cluster can do without: when that
+    /// has no room, it says so, and the move waits.
+    fn is_to_come(&self, index: ObjectIndex, disk: DiskId) -> bool {
+        !self.view.home(self.object_id(index).slot(), self.config.copies).contains(disk)
     }
 
     /// The members of an object that is open in this epoch.

@@ -4,6 +4,7 @@ use super::Gateway;
 use super::open::Opening;
 use super::request::{Piece, PieceKind};
 use super::write::InFlight;
+use crate::view::Disks;
 use sheepdog_types::{DiskId, Epoch, ObjectIndex, Version};
 use std::collections::VecDeque;
 
@@ -34,6 +35,8 @@ pub(super) struct Work {
     pub locks: Vec<Range>,
     /// A disk that returned a damaged block and is to be repaired.
     pub suspect: Option<DiskId>,
+    /// Members that were told to copy, and whose answer did not count any more: they may have.
+    pub copies: Disks,
     /// A member ran out of space: go back to the oldest version that is not acknowledged yet.
     pub roll_back: bool,
 }
@@ -53,6 +56,11 @@ impl Range {
 
 impl Work {
     fn is_empty(&self) -> bool {
+        self.is_over() && self.copies.is_empty()
+    }
+
+    /// Whether nothing is left to do but to remember the copies for the next flush.
+    fn is_over(&self) -> bool {
         self.opening.is_none()
             && self.writes.is_empty()
             && self.waiting.is_empty()
@@ -79,6 +87,11 @@ impl Work {
 }
 
 impl Object {
+    /// Whether something is under way that may leave the replicas different.
+    pub fn is_busy(&self) -> bool {
+        self.verified.is_none() || self.work.as_ref().is_some_and(|work| !work.is_over())
+    }
+
     pub fn opening(&self) -> Option<&Opening> {
         self.work.as_ref()?.opening.as_ref()
     }
@@ -163,6 +176,7 @@ impl Gateway {
             return;
         }
         if self.open_members(index).is_some() {
+            self.note_copies(index);
             self.resend_writes(index);
             self.run_waiting(index);
         } else {

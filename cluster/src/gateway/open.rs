@@ -1,7 +1,7 @@
 //! Opening an object: making its replicas equal before it is used.
 
 use super::{Effect, Gateway, Purpose};
-use crate::message::{Failure, Reply, Request};
+use crate::message::{Body, Failure, Reply, Request};
 use crate::view::SlotView;
 use sheepdog_types::{DiskId, ObjectIndex, Version};
 
@@ -11,9 +11,11 @@ pub(super) struct Opening {
     slot: SlotView,
     /// What each member answered.
     versions: Vec<(DiskId, Version)>,
-    /// Members that still copy.
-    recovering: Vec<DiskId>,
+    /// Members that still copy, or take the version that supersedes what was undone.
+    changing: Vec<DiskId>,
     target: Version,
+    /// All had one version; now they take the target, which has the same content.
+    superseding: bool,
     /// Calls to forget when the opening is abandoned.
     calls: Vec<u64>,
 }
@@ -38,7 +40,8 @@ impl Gateway {
         let opening = Opening {
             slot,
             versions: Vec::with_capacity(calls.len()),
-            recovering: Vec::new(),
+            changing: Vec::new(),
+            superseding: false,
             target: Version::NONE,
             calls,
         };
@@ -122,29 +125,25 @@ impl Gateway {
             .filter(|(d, v)| *v != target || (suspect == Some(*d) && good.is_some()))
             .copied()
             .collect();
-        opening.recovering = wrong.iter().map(|(d, _)| *d).collect();
         work.opening = Some(opening);
         if wrong.is_empty() {
-            self.finish_opening(index);
+            self.on_equal(index);
         } else if let Some(from) = good {
-            self.recover_members(index, &wrong, from, target);
+            let key = self.key(index);
+            let copy = |(disk, expect)| (disk, Request::Recover { key, expect, from, target });
+            self.change_members(index, wrong.into_iter().map(copy).collect());
         } else {
             self.abandon_opening(index); // the only good copy is the damaged one
         }
     }
 
-    fn recover_members(
-        &mut self,
-        index: ObjectIndex,
-        wrong: &[(DiskId, Version)],
-        from: DiskId,
-        target: Version,
-    ) {
-        let key = self.key(index);
+    fn change_members(&mut self, index: ObjectIndex, changes: Vec<(DiskId, Request)>) {
+        let Some(opening) = self.object(index).work().opening.as_mut() else { return };
+        opening.changing = changes.iter().map(|(disk, _)| *disk).collect();
         let mut complete = true;
-        for &(disk, expect) in wrong {
-            let request = Request::Recover { key, expect, from, target };
-            let id = self.call(disk, request, None, Purpose::Recover { object: index });
+        for (disk, request) in changes {
+            self.object(index).work().copies.insert(disk);
+            let id = self.call(disk, request, None, Purpose::Change { object: index });
             complete &= id.is_some();
             if let (Some(id), Some(opening)) = (id, self.object(index).work().opening.as_mut()) {
                 opening.calls.push(id);
@@ -156,7 +155,28 @@ impl Gateway {
         }
     }
 
-    pub(super) fn on_recover_reply(&mut self, index: ObjectIndex, disk: DiskId, reply: &Reply) {
+    /// All members have the same version. A write that was undone may still be on a disk that is
+    /// away: a version that is newer makes sure that it never counts again.
+    fn on_equal(&mut self, index: ObjectIndex) {
+        let (key, writer) = (self.key(index), self.config.writer);
+        let object = self.object(index);
+        let work = object.work.get_or_insert_default();
+        let Some(opening) = work.opening.as_mut() else { return };
+        if !work.roll_back || opening.superseding {
+            return self.finish_opening(index);
+        }
+        let prev = opening.target;
+        let version = Version { writer, seq: object.highest_seq.max(prev.seq) + 1 };
+        object.highest_seq = version.seq;
+        (opening.superseding, opening.target) = (true, version);
+        let members = opening.slot.members;
+        self.renumber_writes(index, prev, version);
+        let touch =
+            |disk| (disk, Request::Write { key, prev, version, first: 0, body: Body::Nothing });
+        self.change_members(index, members.iter().map(touch).collect());
+    }
+
+    pub(super) fn on_change_reply(&mut self, index: ObjectIndex, disk: DiskId, reply: &Reply) {
         if *reply == Reply::Failed(Failure::NoSpace) && !self.object(index).work().roll_back {
             self.object(index).work().roll_back = true;
         }
@@ -171,9 +191,10 @@ impl Gateway {
         }
         self.counters.recovered += 1;
         self.flush.note_write(disk, index); // a flush may have overtaken the copy
+        self.object(index).work().copies.remove(disk);
         let Some(opening) = self.object(index).work().opening.as_mut() else { return };
-        opening.recovering.retain(|d| *d != disk);
-        if !opening.recovering.is_empty() {
+        opening.changing.retain(|d| *d != disk);
+        if !opening.changing.is_empty() {
             return;
         }
         if opening.versions.iter().any(|(_, version)| *version > opening.target) {
@@ -182,7 +203,19 @@ impl Gateway {
             self.cancel_opening(index);
             self.open_if_possible(index);
         } else {
-            self.finish_opening(index);
+            self.on_equal(index);
+        }
+    }
+
+    /// Copies of earlier openings may have been made after a flush, and nobody looked at the answer: the next
+    /// flush has to go there (I3). None can be made any more, since all members were asked for their version.
+    pub(super) fn note_copies(&mut self, index: ObjectIndex) {
+        let work = self.objects.get_mut(&index).and_then(|o| o.work.as_mut());
+        let copies = work.map(|work| std::mem::take(&mut work.copies)).unwrap_or_default();
+        // One that is down is not waited for; it compares itself when it is back.
+        let view = &self.view;
+        for disk in copies.iter().filter(|disk| view.is_up(*disk)) {
+            self.flush.note_write(disk, index);
         }
     }
 
@@ -202,6 +235,8 @@ impl Gateway {
             self.note_lost_writes();
             self.effects.push_back(Effect::LostWrites { object: self.object_id(index) });
         }
+        self.note_reconciled(index);
+        self.note_copies(index);
         self.continue_writes(index, opening.target);
         self.run_waiting(index);
     }

@@ -40,9 +40,14 @@ impl Gateway {
         });
     }
 
-    /// Whether an open object has no content on any replica.
+    /// Whether an open object has no content on any replica, and this node may answer by itself for it.
+    ///
+    /// It may if it has a disk, because a newer gateway has fenced that one, and with it this node, before it
+    /// wrote anything. A node without a disk may not have heard of it (I1, I4): it asks a replica.
     pub(super) fn never_written(&self, index: ObjectIndex) -> bool {
+        let me = self.config.node;
         self.objects.get(&index).is_some_and(|o| o.version == Version::NONE)
+            && self.view.disks.values().any(|d| d.up && d.node == me)
     }
 
     /// Asks the best member that was not tried yet.

@@ -16,6 +16,8 @@ const MAX_PIECES: u32 = 64;
 #[derive(Debug)]
 pub(super) struct GuestRequest {
     token: Option<Token>,
+    /// What it was, should it go back to the caller.
+    origin: Origin,
     /// Pieces in progress.
     pub pieces: u32,
     pub error: Option<BlockError>,
@@ -32,6 +34,29 @@ pub(super) enum Kind {
     Write { fua: bool },
     Zero { next: u64, end: u64, release: bool, edges: bool, fua: bool },
     Flush(GuestFlush),
+}
+
+/// An [`Op`] that shares its data.
+#[derive(Debug)]
+pub(super) enum Origin {
+    Write {
+        offset: u64,
+        data: Arc<Vec<u8>>,
+        fua: bool,
+    },
+    /// Any other.
+    Plain(Op),
+}
+
+impl Origin {
+    fn into_op(self) -> Op {
+        match self {
+            Self::Write { offset, data, fua } => {
+                Op::Write { offset, data: Arc::unwrap_or_clone(data), fua }
+            }
+            Self::Plain(op) => op,
+        }
+    }
 }
 
 /// The part of a request that lies in one object.
@@ -78,8 +103,9 @@ impl Piece {
 }
 
 impl GuestRequest {
-    pub fn take_token(&mut self) -> Option<Token> {
-        self.token.take()
+    /// The request as it came.
+    pub fn take_back(self) -> Option<(Op, Token)> {
+        Some((self.origin.into_op(), self.token?))
     }
 }
 
@@ -111,6 +137,7 @@ impl Gateway {
             }
             Op::Flush => self.begin_flush(token),
             Op::Discard { offset, len } => {
+                let op = Op::Discard { offset, len };
                 let kind = Kind::Zero {
                     next: offset,
                     end: offset + len,
@@ -118,9 +145,10 @@ impl Gateway {
                     edges: false,
                     fua: commits,
                 };
-                self.begin_zero(kind, token);
+                self.begin_zero(op, kind, token);
             }
             Op::WriteZeroes { offset, len, may_unmap, fua } => {
+                let op = Op::WriteZeroes { offset, len, may_unmap, fua };
                 let kind = Kind::Zero {
                     next: offset,
                     end: offset + len,
@@ -128,7 +156,7 @@ impl Gateway {
                     edges: true,
                     fua: fua || commits,
                 };
-                self.begin_zero(kind, token);
+                self.begin_zero(op, kind, token);
             }
         }
     }
@@ -150,11 +178,12 @@ impl Gateway {
     }
 
     /// Registers a request that holds itself open with one piece while others are added.
-    pub(super) fn admit(&mut self, token: Token, bytes: u64, kind: Kind) -> u64 {
+    pub(super) fn admit(&mut self, token: Token, origin: Origin, bytes: u64, kind: Kind) -> u64 {
         self.active_bytes += bytes;
         let token = Some(token);
         self.requests.insert(GuestRequest {
             token,
+            origin,
             pieces: 1,
             error: None,
             bytes,
@@ -172,7 +201,8 @@ impl Gateway {
 
     fn begin_read(&mut self, offset: u64, len: u32, token: Token) {
         let kind = Kind::Read { len, data: Vec::new() };
-        let request = self.admit(token, u64::from(len), kind);
+        let origin = Origin::Plain(Op::Read { offset, len });
+        let request = self.admit(token, origin, u64::from(len), kind);
         let mut at = 0;
         for (object, start, end) in cut(offset, offset + u64::from(len)) {
             let kind = PieceKind::Read { at };
@@ -184,8 +214,9 @@ impl Gateway {
 
     fn begin_write(&mut self, offset: u64, data: Vec<u8>, fua: bool, token: Token) {
         let len = data.len() as u64;
-        let request = self.admit(token, len, Kind::Write { fua });
         let data = Arc::new(data);
+        let origin = Origin::Write { offset, data: Arc::clone(&data), fua };
+        let request = self.admit(token, origin, len, Kind::Write { fua });
         let mut at = 0;
         for (object, start, end) in cut(offset, offset + len) {
             let kind = PieceKind::Write { data: Arc::clone(&data), at };
@@ -195,8 +226,8 @@ impl Gateway {
         self.finish_piece(request, Ok(()));
     }
 
-    fn begin_zero(&mut self, kind: Kind, token: Token) {
-        let request = self.admit(token, 0, kind);
+    fn begin_zero(&mut self, op: Op, kind: Kind, token: Token) {
+        let request = self.admit(token, Origin::Plain(op), 0, kind);
         self.spawn_zero_pieces(request);
         self.finish_piece(request, Ok(()));
     }

@@ -30,6 +30,11 @@ impl InFlight {
         version == self.version || version == self.prev
     }
 
+    /// Whether a replica at `version` has this write.
+    fn is_part_of(&self, version: Version) -> bool {
+        self.version.seq <= version.seq && self.version.writer == version.writer
+    }
+
     pub fn range(&self) -> Range {
         Range { first: self.first, end: self.first + self.body.count() }
     }
@@ -134,7 +139,7 @@ impl Gateway {
                     self.settle(index, at, Ok(()));
                 }
             }
-            Reply::Failed(Failure::NoSpace) => {
+            Reply::Failed(Failure::NoSpace) if !self.is_to_come(index, disk) => {
                 // Closed first, so that nothing is chained to a write that is not there.
                 self.close_object(index);
                 self.object(index).work().roll_back = true;
@@ -191,6 +196,25 @@ impl Gateway {
         self.settle_acknowledged(index);
     }
 
+    /// Lets the writes in flight that `content` does not have follow `version`. Their calls are gone.
+    pub(super) fn renumber_writes(
+        &mut self,
+        index: ObjectIndex,
+        content: Version,
+        version: Version,
+    ) {
+        let writer = self.config.writer;
+        let object = self.object(index);
+        let (mut prev, mut highest) = (version, object.highest_seq);
+        let to_come = |w: &&mut InFlight| !w.is_part_of(content);
+        for write in object.work().writes.iter_mut().filter(to_come) {
+            highest += 1;
+            (write.prev, write.version) = (prev, Version { writer, seq: highest });
+            prev = write.version;
+        }
+        object.highest_seq = highest;
+    }
+
     /// Goes on with the writes in flight after all members were made equal at `target`.
     pub(super) fn continue_writes(&mut self, index: ObjectIndex, target: Version) {
         let Some(members) = self.open_members(index) else { return };
@@ -200,7 +224,7 @@ impl Gateway {
         let mut writes = std::mem::take(&mut object.work().writes);
         let mut prev = target;
         for write in &mut writes {
-            if write.version.seq <= target.seq && target.writer == writer {
+            if write.is_part_of(target) {
                 write.pending.clear(); // part of what all members have
                 continue;
             }

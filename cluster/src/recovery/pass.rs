@@ -102,7 +102,7 @@ impl Pass {
             check,
             incarnation,
             attempt,
-            used: used_slots(view),
+            used: used_slots(view.volumes.values().map(AsRef::as_ref)),
             policies: policies.into_iter().collect(),
             stage: Stage::Comparing,
             next_slot: 0,
@@ -452,15 +452,15 @@ impl Pass {
     }
 }
 
-/// One bit for each slot that an object of a volume can be in.
-fn used_slots(view: &View) -> Vec<u64> {
+/// One bit for each slot that an object of these volumes can be in.
+pub(crate) fn used_slots<'a>(volumes: impl Iterator<Item = &'a Volume> + Clone) -> Vec<u64> {
     let objects = |volume: &Volume| volume.spec.size.div_ceil(OBJECT_SIZE);
-    let total: u64 = view.volumes.values().map(|v| objects(v)).fold(0, u64::saturating_add);
+    let total: u64 = volumes.clone().map(objects).fold(0, u64::saturating_add);
     if total > SLOTS as u64 {
         return vec![u64::MAX; SLOTS / 64]; // most of them
     }
     let mut used = vec![0; SLOTS / 64];
-    for volume in view.volumes.values() {
+    for volume in volumes {
         for index in (0..objects(volume) as u32).map(ObjectIndex) {
             let slot = ObjectId { volume: volume.id, index }.slot();
             used[usize::from(slot.0) / 64] |= 1 << (slot.0 % 64);

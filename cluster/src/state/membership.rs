@@ -38,8 +38,10 @@ impl ClusterState {
             entered: record.epoch,
             draining: known.is_some_and(|n| n.draining),
             removed: false,
+            version: info.version,
         };
         self.nodes.insert(info.id, node);
+        self.raise_version(&mut record);
         for disk in &info.disks {
             self.enter_disk(info.id, disk, &mut record);
         }
@@ -56,6 +58,10 @@ impl ClusterState {
         if self.removed_nodes.contains(&info.id) {
             return Err(Refusal::Removed(info.id));
         }
+        if info.version < self.version {
+            let (node, version, agreed) = (info.id, info.version, self.version);
+            return Err(Refusal::TooOld { node, version, agreed });
+        }
         check_zone(&info.zone)?;
         if !self.nodes.contains_key(&info.id) && self.nodes.len() >= MAX_NODES {
             return Err(Refusal::Limit { what: "nodes".into(), limit: MAX_NODES });
@@ -66,6 +72,17 @@ impl ClusterState {
             return Err(Refusal::AddressInUse { address: info.address.clone(), node });
         }
         info.disks.iter().try_for_each(|disk| self.check_disk(info.id, disk))
+    }
+
+    /// What all members understand may be used from now on.
+    fn raise_version(&mut self, record: &mut EpochRecord) {
+        let least = self.nodes.values().filter(|n| !n.removed).map(|n| n.version).min();
+        if let Some(version) = least.filter(|version| *version > self.version) {
+            if self.version > 0 {
+                record.cause += &format!("; the cluster is at version {version} now");
+            }
+            self.version = version;
+        }
     }
 
     fn check_disk(&self, node: NodeId, disk: &DiskInfo) -> Result<(), Refusal> {
@@ -102,7 +119,7 @@ impl ClusterState {
         if disk.announced_weight != info.weight {
             (disk.weight, disk.announced_weight) = (info.weight, info.weight);
         }
-        (disk.present, disk.entered, disk.lost) = (true, epoch, false);
+        (disk.present, disk.entered) = (true, epoch);
         disk.full = false; // or it says so again
         if disk.out {
             disk.out = false;
@@ -110,6 +127,7 @@ impl ClusterState {
         }
         if empty_cluster {
             (disk.missed_since, disk.restarted, disk.sync_from) = (None, false, None);
+            disk.lost = false;
         } else {
             disk.restarted = true;
             disk.sync_from = Some(epoch);
@@ -234,7 +252,7 @@ impl ClusterState {
                 return Err(Refusal::DiskIsUp(*id));
             }
         }
-        let fresh = |id: &&DiskId| self.disks.get(*id).is_some_and(|d| !d.lost);
+        let fresh = |id: &&DiskId| self.disks.get(*id).is_some_and(|d| !d.is_given_up());
         let gone: Vec<DiskId> = disks.iter().filter(fresh).copied().collect();
         if gone.is_empty() {
             return Ok(Outcome::Done);
@@ -303,6 +321,7 @@ impl ClusterState {
         }
         let mut record = self.next_record(format!("{} was removed", node.address), at);
         self.stop_node(id, &mut record);
+        self.end_handovers(id);
         for (disk_id, disk) in self.disks.iter_mut().filter(|(_, d)| d.node == id) {
             disk.leave(record.epoch);
             if !std::mem::replace(&mut disk.out, true) {
@@ -313,6 +332,7 @@ impl ClusterState {
             node.removed = true;
         }
         self.removed_nodes.insert(id);
+        self.raise_version(&mut record);
         self.begin_epoch(record);
         self.replan(at);
         Ok(Outcome::Done)

@@ -17,6 +17,7 @@ impl ClusterState {
             return Ok(Outcome::Done);
         }
         (disk.missed_since, disk.restarted, disk.sync_from) = (None, false, None);
+        disk.lost = false;
         self.revision += 1;
         self.promote_if_synced(at);
         Ok(Outcome::Done)

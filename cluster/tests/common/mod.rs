@@ -2,7 +2,9 @@
 
 #![allow(dead_code)] // each test binary uses a part
 
-use sheepdog_cluster::command::{Ack, Answer, Command, DiskInfo, NodeInfo, Outcome, VolumeSpec};
+use sheepdog_cluster::command::{
+    Ack, Answer, Command, DiskInfo, LOG_VERSION, NodeInfo, Outcome, VolumeSpec,
+};
 use sheepdog_cluster::state::ClusterState;
 use sheepdog_cluster::view::View;
 use sheepdog_types::{
@@ -17,6 +19,7 @@ pub fn info(node: u64, incarnation: u64) -> NodeInfo {
         address: format!("{node}:1"),
         zone: format!("z{node}"),
         disks: vec![DiskInfo { id: disk(node), weight: 1 }],
+        version: LOG_VERSION,
     }
 }
 

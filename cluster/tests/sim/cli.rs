@@ -22,6 +22,8 @@ Runs simulated clusters under faults, and judges what their guests see.
   --mutant NAME    breaks a rule on purpose; the run is to fail
   --threads N      how many seeds to run at a time; one per processor if not said
   --trace          prints everything that happens
+  --untouched      what nobody reads after the faults has to become equal as well; a few seeds in
+                   10,000 fail
   --help           prints this
 
 A failing seed is run again, and the last lines of its trace are printed.
@@ -56,6 +58,7 @@ fn parse(args: impl Iterator<Item = String>) -> Result<Parsed, String> {
         match arg.as_str() {
             "--help" | "-h" => return Ok(Parsed::Help),
             "--trace" => options.live = true,
+            "--untouched" => options.untouched = true,
             "--seed" => seed = Some(number(value()?)?),
             "--seeds" => seeds = Some(number(value()?)?),
             "--steps" => options.steps = number(value()?)?,

@@ -4,7 +4,9 @@ use super::node::Disk;
 use super::topology::{duration, random_copies};
 use super::world::{Time, World};
 use sheepdog_cluster::command::{Command, DiskInfo};
-use sheepdog_types::DiskId;
+use sheepdog_cluster::state::Volume;
+use sheepdog_types::{DiskId, OBJECT_SIZE, ObjectId, ObjectIndex, VolumeId};
+use std::sync::Arc;
 
 impl World {
     fn happens(&mut self, per_million: u64) -> bool {
@@ -128,15 +130,15 @@ impl World {
         }
         for at in 0..self.disks.len() {
             let disk = &mut self.disks[at];
+            if self.now < disk.trouble_until {
+                continue;
+            }
             if disk.store.full > 0 {
-                self.full_at = Some(self.now);
-                if self.now >= disk.trouble_until {
-                    note!(self, "disk {} has space again", at + 101);
-                    self.disks[at].store.full = 0;
-                }
-            } else if disk.failed && self.now >= disk.trouble_until {
+                disk.store.full = 0;
+                note!(self, "disk {} has space again", at + 101);
+            } else if disk.failed {
+                disk.failed = false;
                 note!(self, "disk {} works again", at + 101);
-                self.disks[at].failed = false;
             }
         }
     }
@@ -198,10 +200,11 @@ impl World {
 
     /// A disk that data move to says that it has no room, or has room again.
     fn tell_of_space(&mut self, at: usize) {
+        let refused = std::mem::take(&mut self.disks[at].store.refused);
         let Disk { id, node, ref sync, ref store, .. } = self.disks[at];
-        let view = std::sync::Arc::clone(self.view_of(node));
+        let view = Arc::clone(self.view_of(node));
         let (is_full, has_room) = (view.is_full(id), store.full == 0);
-        let lacks = sync.as_ref().is_some_and(|sync| sync.lacks_space_in(view.epoch));
+        let lacks = sync.as_ref().is_some_and(|sync| sync.lacks_space_in(view.epoch)) || refused;
         if !view.is_to_come(id) {
             return;
         }
@@ -218,7 +221,7 @@ impl World {
     /// The leader gives up waiting for disks that were down for long.
     fn take_out(&mut self) {
         let Some(leader) = self.log.leader.filter(|_| self.plan.out > 0) else { return };
-        let view = std::sync::Arc::clone(self.view_of(leader));
+        let view = Arc::clone(self.view_of(leader));
         let now = self.now;
         self.down_since.retain(|disk, _| !view.is_up(*disk));
         for (id, _) in view.disks.iter().filter(|(_, d)| !d.up) {
@@ -251,7 +254,6 @@ impl World {
         }
         if self.happens(plan.full) && !self.disks[at].failed {
             note!(self, "disk {} is full until t={until}", at + 101);
-            self.full_at = Some(self.now);
             let disk = &mut self.disks[at];
             disk.trouble_until = until;
             disk.store.full = if self.rng.chance(500) { 1000 } else { 400 };
@@ -284,6 +286,9 @@ impl World {
         if self.happens(plan.drain) {
             self.move_data();
         }
+        if self.happens(plan.drain) {
+            self.give_up();
+        }
         if self.happens(plan.hand_over) {
             let at = self.rng.below(self.volumes.len() as u64) as usize;
             self.detach(at);
@@ -315,10 +320,49 @@ impl World {
             (2, Some((disk, _))) if mine.len() > 1 => {
                 Command::RetireDisk { disk: *disk, force: false, at }
             }
-            (3 | 4, _) if draining && !votes => Command::RemoveNode { node, force: false, at },
+            (3, _) => {
+                let zone = self.topology.zone(self.rng.below(self.nodes.len() as u64) as usize);
+                Command::SetZone { node, zone, at }
+            }
+            (4 | 5, _) if draining && !votes => {
+                let command = Command::RemoveNode { node, force: false, at };
+                if self.log.state.nodes[&node].up {
+                    command
+                } else {
+                    // Who removes a dead node makes sure that nobody waits for it.
+                    if self.all_served() {
+                        self.commit_now(command);
+                    }
+                    return;
+                }
+            }
             _ => Command::Drain { node, on: !draining, force: false, at },
         };
         self.propose(leader, command);
+    }
+
+    /// A disk that is down is given up, if nobody waits for it: that must lose nothing.
+    fn give_up(&mut self) {
+        let state = &self.log.state;
+        let is_down = |id: &DiskId| !state.disk_up(*id) && !state.disks[id].lost;
+        let down: Vec<DiskId> = state.disks.keys().copied().filter(is_down).collect();
+        let Some(disk) = self.rng.pick(&down) else { return };
+        if self.log.leader.is_some() && self.all_served() {
+            self.commit_now(Command::GiveUp { disks: vec![disk], at: self.now });
+        }
+    }
+
+    /// Nothing waits for a disk that is down.
+    fn all_served(&self) -> bool {
+        let view = self.latest();
+        let is_served = |(id, volume): (&VolumeId, &Arc<Volume>)| {
+            let (copies, least) = (volume.spec.copies, volume.spec.min_copies);
+            (0..volume.spec.size.div_ceil(OBJECT_SIZE)).all(|index| {
+                let object = ObjectId { volume: *id, index: ObjectIndex(index as u32) };
+                view.slot(object.slot(), usize::from(copies), usize::from(least)).is_ok()
+            })
+        };
+        view.volumes.iter().all(is_served)
     }
 
     fn undrain_all(&mut self) {

@@ -6,6 +6,7 @@ use super::topology::duration;
 use super::world::{Instance, World};
 use sheepdog_cluster::command::{Ack, Command};
 use sheepdog_cluster::gateway::{Config, Effect, Gateway, Phase};
+use sheepdog_cluster::state::Volume;
 use sheepdog_types::{BlockError, Burst, Done, Layer, Op, Token};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -105,14 +106,14 @@ impl World {
             return false;
         }
         let (writer, volume) = (instance.gateway.config().writer, self.volumes[at].id);
-        let node = instance.node;
+        let (node, settled) = (instance.node, instance.gateway.is_settled());
         if !self.calm && self.rng.chance(500) {
             self.instances[active].deaf_until = duration(&mut self.rng, self.now);
         }
         // Its devices are gone before the log hears of it.
         self.volumes[at].active = None;
         self.instances[active].detached = true;
-        self.propose(node, Command::Detach { volume, writer });
+        self.propose(node, Command::Detach { volume, writer, settled });
         self.after_change();
         true
     }
@@ -127,7 +128,7 @@ impl World {
             if let Some(attachment) = known {
                 // The first attempt to give it back was lost.
                 let (node, writer) = (self.node_index(attachment.gateway), attachment.writer);
-                self.propose(node, Command::Detach { volume: id, writer });
+                self.propose(node, Command::Detach { volume: id, writer, settled: false });
                 return;
             }
             let name = self.volumes[at].name.clone();
@@ -154,6 +155,19 @@ impl World {
             self.instances[at].gateway.handle_tick();
         }
         self.collect(at);
+        self.tell_settled(at);
+    }
+
+    /// The others hear when nothing is left that an earlier gateway may have left different.
+    fn tell_settled(&mut self, at: usize) {
+        let Instance { node, ref gateway, .. } = self.instances[at];
+        let (volume, writer) = (gateway.config().volume, gateway.config().writer);
+        let unsettled = |v: &Volume| v.unsettled && v.writer == writer;
+        let known = self.view_of(node).volumes.get(&volume);
+        if known.is_some_and(|v| unsettled(v)) && gateway.is_settled() && self.rng.chance(50) {
+            note!(self, "nothing of {volume} differs any more, says writer {writer}");
+            self.propose(node, Command::Settled { volume, writer });
+        }
     }
 
     /// The gateway hears of the newest view of its node.
@@ -206,6 +220,7 @@ impl World {
                     self.send(at, to, id, call, blocks);
                 }
                 Effect::Complete { token, completion } => token.complete(completion, &mut burst),
+                Effect::Return { token, .. } => token.complete(Err(BlockError::Io), &mut burst),
                 Effect::LostWrites { object } => self.lost_writes(at, object),
             }
         }

@@ -5,7 +5,8 @@ use super::node::{LEASE, LEASE_MARGIN};
 use super::topology::build_view;
 use super::world::{Mutant, Time, World};
 use sheepdog_cluster::command::{Answer, Command, Outcome, encode_command};
-use sheepdog_cluster::state::ClusterState;
+use sheepdog_cluster::liveness::{Candidate, Graph};
+use sheepdog_cluster::state::{ClusterState, Volume};
 use sheepdog_cluster::view::View;
 use sheepdog_types::NodeId;
 use std::collections::BTreeMap;
@@ -15,6 +16,16 @@ use std::time::{Duration, Instant};
 
 /// The first nodes vote.
 const VOTERS: usize = 5;
+
+/// What a leader knows of a node's lease.
+#[derive(Clone, Copy)]
+struct Renewal {
+    incarnation: u64,
+    /// By the leader's clock.
+    at: Time,
+    /// Granted by an earlier leader, if at all.
+    inherited: bool,
+}
 
 #[derive(Default)]
 pub struct Log {
@@ -30,8 +41,13 @@ pub struct Log {
     renewals: Vec<(Time, usize, u64, Time)>,
     /// Answers under way: arrival, to whom, incarnation, when the renewal was sent, granted.
     answers: Vec<(Time, usize, u64, Time, bool)>,
-    /// By the leader's clock.
-    renewed: BTreeMap<NodeId, (u64, Time)>,
+    renewed: BTreeMap<NodeId, Renewal>,
+    /// Incarnations that the leader gives no lease any more.
+    condemned: BTreeMap<NodeId, u64>,
+    /// When each voter last heard of the leader before this one, as far as it knows; on its clock.
+    heard_before: Vec<Option<Time>>,
+    /// The latest that a majority of them knows, by the leader's clock: older leases are not longer.
+    granted_until: Option<Time>,
     /// What each revision cost whoever applied it: whether rings changed, and the time.
     pub costs: Vec<(bool, Duration)>,
 }
@@ -92,10 +108,13 @@ impl World {
 
     pub fn run_log(&mut self) {
         self.elect();
+        self.be_heard();
         self.receive_proposals();
         self.receive_renewals();
         if self.now.is_multiple_of(10) {
+            self.look_back();
             self.expire_leases();
+            self.look_around();
         }
         self.find_dead_processes();
         self.deliver_log();
@@ -129,12 +148,9 @@ impl World {
                     .voters()
                     .filter(|v| self.nodes[*v].runs(self.now) && self.has_quorum(*v))
                     .collect();
-                self.log.leader = self.rng.pick(&able);
                 self.log.elect_at = self.now + 10;
-                if let Some(leader) = self.log.leader {
-                    note!(self, "n{} leads", leader + 1);
-                    // Its predecessor may have granted leases at the last moment.
-                    self.log.renewed.clear();
+                if let Some(leader) = self.rng.pick(&able) {
+                    self.lead(leader);
                 }
             }
             None => {}
@@ -215,10 +231,12 @@ impl World {
             let Some(leader) = self.log.leader else { continue };
             let id = self.nodes[from].id;
             let known = self.view_of(leader).nodes.get(&id);
-            let granted = known.is_some_and(|k| k.up && k.incarnation == incarnation);
+            let granted = known.is_some_and(|k| k.up && k.incarnation == incarnation)
+                && self.log.condemned.get(&id) != Some(&incarnation);
             if granted {
                 let clock = self.nodes[leader].clock(now);
-                self.log.renewed.insert(id, (incarnation, clock));
+                let renewal = Renewal { incarnation, at: clock, inherited: false };
+                self.log.renewed.insert(id, renewal);
             }
             if self.net.open(leader, from) {
                 let delay = self.delay(leader, from).min(60);
@@ -251,13 +269,100 @@ impl World {
         let view = Arc::clone(self.view_of(leader));
         let me = self.nodes[leader].id;
         for (id, node) in view.nodes.iter().filter(|(id, n)| n.up && **id != me) {
-            let renewed = self.log.renewed.entry(*id).or_insert((node.incarnation, clock));
-            if renewed.0 != node.incarnation {
-                *renewed = (node.incarnation, clock);
+            let first = Renewal { incarnation: node.incarnation, at: clock, inherited: false };
+            let renewed = self.log.renewed.entry(*id).or_insert(first);
+            if renewed.incarnation != node.incarnation {
+                *renewed = first;
             }
-            if clock - renewed.1 > LEASE + LEASE_MARGIN {
+            let granted = self.log.granted_until.filter(|_| renewed.inherited);
+            let at = granted.map_or(renewed.at, |granted| granted.min(renewed.at));
+            if clock - at > LEASE + LEASE_MARGIN {
                 self.declare_down(leader, *id, node.incarnation, "its lease ran out");
             }
+        }
+    }
+
+    /// The predecessors of a new leader may have granted leases at the last moment.
+    pub fn lead(&mut self, leader: usize) {
+        note!(self, "n{} leads", leader + 1);
+        self.log.leader = Some(leader);
+        let at = self.nodes[leader].clock(self.now);
+        let view = self.view_of(leader);
+        let up = view.nodes.iter().filter(|(_, n)| n.up);
+        let lease = |incarnation| Renewal { incarnation, at, inherited: true };
+        let leases: BTreeMap<NodeId, Renewal> =
+            up.map(|(id, n)| (*id, lease(n.incarnation))).collect();
+        self.log.renewed = leases;
+        self.log.condemned.clear();
+        self.log.heard_before = self.voters().map(|voter| self.nodes[voter].heard).collect();
+        self.log.granted_until = None;
+    }
+
+    /// Voters keep in mind when they last heard of a leader: none grants a lease without a majority.
+    fn be_heard(&mut self) {
+        let Some(leader) = self.log.leader else { return };
+        for voter in self.voters() {
+            if self.nodes[voter].runs(self.now) && self.net.both(leader, voter) {
+                self.nodes[voter].heard = Some(self.nodes[voter].clock(self.now));
+            }
+        }
+    }
+
+    /// A new leader asks the voters how long ago they heard of an earlier one.
+    fn look_back(&mut self) {
+        let Some(leader) = self.log.leader else { return };
+        if self.log.granted_until.is_some() {
+            return;
+        }
+        let (now, voters) = (self.now, self.voters());
+        let before = voters.clone().zip(&self.log.heard_before);
+        let reached = |v: usize| self.nodes[v].runs(now) && self.net.both(leader, v);
+        let ago = |(v, heard): (usize, &Option<Time>)| {
+            heard.filter(|_| reached(v)).map(|heard| self.nodes[v].clock(now) - heard)
+        };
+        let known: Vec<Time> = before.filter_map(ago).collect();
+        if self.mutant == Mutant::ForgetLeases {
+            self.log.granted_until = Some(0);
+        } else if known.len() > voters.len() / 2 {
+            let least = known.iter().min().copied().unwrap_or(0);
+            self.log.granted_until = Some(self.nodes[leader].clock(now).saturating_sub(least));
+        }
+    }
+
+    /// Now and then the leader asks who reaches whom, and has those leave without whom all others do.
+    fn look_around(&mut self) {
+        let Some(leader) = self.log.leader else { return };
+        if self.net.is_whole() || !self.rng.chance(50) {
+            return;
+        }
+        let view = Arc::clone(self.view_of(leader));
+        let up = || view.nodes.iter().filter(|(_, n)| n.up).map(|(id, _)| *id);
+        let at = |id: NodeId| self.node_index(id);
+        let cut = |a: &NodeId, b: &NodeId| a != b && !self.net.both(at(*a), at(*b));
+        let attached = |id| {
+            let holder = |v: &Volume| v.attachment.as_ref().is_some_and(|a| a.gateway == id);
+            view.volumes.values().filter(|v| holder(v)).count()
+        };
+        let candidate = |id| Candidate {
+            id,
+            up: true,
+            voter: self.voters().contains(&at(id)),
+            storage: view.disks.values().any(|d| d.up && d.node == id),
+            volumes: attached(id),
+        };
+        let graph = Graph {
+            me: self.nodes[leader].id,
+            nodes: up().map(candidate).collect(),
+            voters: self.voters().len(),
+            min_storage: 2,
+            broken: up()
+                .flat_map(|a| up().map(move |b| (a, b)))
+                .filter(|(a, b)| cut(a, b))
+                .collect(),
+        };
+        for id in graph.excluded() {
+            note!(self, "{id} has to leave: not everybody reaches it");
+            self.log.condemned.insert(id, view.nodes[&id].incarnation);
         }
     }
 

@@ -34,6 +34,10 @@ impl Net {
         self.cuts = 0;
     }
 
+    pub fn is_whole(&self) -> bool {
+        self.cuts == 0
+    }
+
     pub fn open(&self, from: usize, to: usize) -> bool {
         self.cuts == 0 || !self.cut[from][to]
     }
@@ -167,7 +171,11 @@ impl World {
         let what = match &call.request {
             Request::Write { key, prev, version, first, body } => {
                 let (end, object) = (first + body.count(), key.object.index.0);
-                let verb = if matches!(body, Body::Zero { .. }) { "zeroes" } else { "writes" };
+                let verb = match body {
+                    Body::Data { .. } => "writes",
+                    Body::Zero { .. } => "zeroes",
+                    Body::Nothing => "touches",
+                };
                 format!("{verb} obj {object} blocks {first}..{end} ({prev} to {version})")
             }
             Request::Read { object, first, count, .. } => {
@@ -499,6 +507,7 @@ impl World {
         }
         let full = self.disks[job.disk].store.full;
         if full > 0 && self.rng.chance(full) {
+            self.note_refusal(job.disk, job.key);
             return Err(Reply::Failed(Failure::NoSpace));
         }
         let store = &mut self.disks[job.disk].store;

@@ -3,7 +3,7 @@
 use super::store::Store;
 use super::sync::Sync;
 use super::world::{Mutant, Time, World};
-use sheepdog_cluster::command::{Command, DiskInfo, NodeInfo};
+use sheepdog_cluster::command::{Command, DiskInfo, LOG_VERSION, NodeInfo};
 use sheepdog_types::{DiskId, NodeId};
 use std::collections::BTreeSet;
 
@@ -12,6 +12,8 @@ pub const LEASE: Time = 150_000;
 /// The leader waits so much longer, from when it was received, on its own clock.
 pub const LEASE_MARGIN: Time = 50_000;
 const RENEW_EVERY: Time = 25;
+/// How often a node frees what belongs to deleted volumes.
+pub const PURGE_EVERY: Time = 32;
 /// An entry that had no effect is tried again after this.
 const ENTER_EVERY: Time = 60;
 
@@ -56,6 +58,8 @@ pub struct Node {
     enter_at: Time,
     /// The last renewal was not answered: the next one needs a new connection.
     pub unanswered: bool,
+    /// When it last heard of a leader, on its own clock.
+    pub heard: Option<Time>,
     pub start_at: Time,
     /// It was removed from the cluster.
     pub gone: bool,
@@ -105,6 +109,7 @@ impl World {
             renew_at: 0,
             enter_at: 0,
             unanswered: false,
+            heard: None,
             start_at: 0,
             gone: false,
         });
@@ -125,6 +130,7 @@ impl World {
                 address: format!("10.0.{}.{}:7000", at / 250, at % 250 + 1),
                 zone: node.zone.clone(),
                 disks: used.map(|d| DiskInfo { id: d.id, weight: 1 }).collect(),
+                version: LOG_VERSION,
             },
             at: self.now,
         }
@@ -176,6 +182,7 @@ impl World {
     pub fn stop_node(&mut self, at: usize) {
         let node = &mut self.nodes[at];
         (node.alive, node.lease_until, node.frozen_until) = (false, 0, 0);
+        node.heard = None;
         for disk in node.disks.clone() {
             self.disks[disk].sync = None;
         }
@@ -218,7 +225,7 @@ impl World {
                 }
             } else if self.nodes[at].runs(self.now) {
                 self.keep_lease(at);
-                if self.now.is_multiple_of(32) {
+                if self.now.is_multiple_of(PURGE_EVERY) {
                     self.purge(at);
                 }
             }

@@ -6,6 +6,7 @@ use super::guest::BLOCK;
 use super::rng::Rng;
 use super::topology::{FaultPlan, Topology};
 use super::world::{Failure, Options, Time, World};
+use sheepdog_cluster::command::Command;
 use sheepdog_types::{DiskId, OBJECT_SIZE, Op};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -48,6 +49,7 @@ fn syntax<T>(text: impl Into<String>) -> Result<T, Problem> {
 /// # Errors
 /// See [`Error`].
 pub fn run(text: &str, options: Options) -> Result<Vec<String>, Error> {
+    let options = Options { untouched: true, ..options };
     let mut script: Option<Script> = None;
     for (number, line) in text.lines().enumerate() {
         let line = line.split('#').next().unwrap_or_default().trim();
@@ -182,6 +184,19 @@ impl Script {
             }
             ["full", disk] => self.set_full(disk, 1000),
             ["space", disk] => self.set_full(disk, 0),
+            ["give-up", disk] => {
+                let (disks, at) = (vec![self.disk(disk)?.1], self.world.now);
+                self.world.commit_now(Command::GiveUp { disks, at });
+                Ok(())
+            }
+            ["leads", node] => {
+                let at = self.node(node)?;
+                if !self.world.voters().contains(&at) {
+                    return syntax("it does not vote");
+                }
+                self.world.lead(at);
+                Ok(())
+            }
             ["deaf", volume] => self.deafen(volume, Time::MAX),
             ["hear", volume] => self.deafen(volume, 0),
             ["wait-full", disk] => {
@@ -229,7 +244,6 @@ impl Script {
         let (at, _) = self.disk(word)?;
         self.world.disks[at].store.full = full;
         self.world.disks[at].trouble_until = Time::MAX; // or until the script ends
-        self.world.full_at = Some(Time::MAX);
         Ok(())
     }
 

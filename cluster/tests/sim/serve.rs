@@ -1,11 +1,13 @@
 //! What replicas do with the calls that reach them.
 
 use super::net::Origin;
+use super::node::Disk;
 use super::store::Write;
 use super::world::{Mutant, World};
 use sheepdog_cluster::message::{Blocks, Call, Failure, Reject, Reply, Request};
+use sheepdog_cluster::recovery::{Local, slot_digest};
 use sheepdog_cluster::replica;
-use sheepdog_types::{LayerKey, VolumeId, WriterGen};
+use sheepdog_types::{LayerKey, SlotId, VolumeId, WriterGen};
 
 fn volume_of(request: &Request) -> Option<VolumeId> {
     match request {
@@ -41,6 +43,18 @@ impl World {
         replica::admit(view, id, lease, &call)
     }
 
+    /// A change of a layer found no space. That is a reason to refuse a write, unless data are only on
+    /// their way to this disk.
+    pub fn note_refusal(&mut self, at: usize, key: LayerKey) {
+        let Disk { id, node, ref mut store, .. } = self.disks[at];
+        store.refused = true;
+        let view = self.view_of(node);
+        let Some(volume) = view.volumes.get(&key.object.volume) else { return };
+        if view.home(key.object.slot(), usize::from(volume.spec.copies)).contains(id) {
+            self.full_at = Some(self.now);
+        }
+    }
+
     /// What a replica answers to a call that it admitted; nothing while it copies.
     pub fn serve(
         &mut self,
@@ -62,7 +76,11 @@ impl World {
                 }
                 let (key, prev, version) = (*key, *prev, *version);
                 let write = Write { key, prev, version, first: *first, body: *body, blocks };
-                store.write(&write, mutant == Mutant::SkipPrev, &mut self.rng)
+                let reply = store.write(&write, mutant == Mutant::SkipPrev, &mut self.rng);
+                if reply == Reply::Failed(Failure::NoSpace) {
+                    self.note_refusal(at, key);
+                }
+                reply
             }
             Request::Read { object, layer, first, count } => {
                 let key = LayerKey { object: *object, layer: *layer };
@@ -79,7 +97,11 @@ impl World {
                 }
             }
             Request::Stat { key } => {
-                let version = store.version(*key);
+                let mut version = store.version(*key);
+                if mutant == Mutant::WatermarkTooHigh && version.writer < call.writer {
+                    let all = self.disks.iter().map(|disk| disk.store.version(*key));
+                    version = all.max().unwrap_or(version);
+                }
                 self.cancel_copies(at, *key);
                 Reply::Version { version }
             }
@@ -101,6 +123,14 @@ impl World {
                 Reply::Failed(Failure::Behind { have })
             }
             Request::Fence { .. } => Reply::Done,
+            Request::Digests { slots, .. } if mutant == Mutant::NoReconcile => {
+                Reply::Digests { digests: vec![0; slots.len()] }
+            }
+            Request::Digests { policy, slots } => {
+                let view = self.view_of(self.disks[at].node);
+                let digest = |s: &SlotId| slot_digest(view, *policy, &self.disks[at].layers(*s));
+                Reply::Digests { digests: slots.iter().map(digest).collect() }
+            }
             other => panic!("a gateway never asks {other:?}"),
         };
         Some((reply, data))

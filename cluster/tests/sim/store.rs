@@ -60,6 +60,8 @@ pub struct Store {
     damaged: BTreeSet<(LayerKey, u16)>,
     /// Per mille of the writes that find no space.
     pub full: u64,
+    /// One of them was refused, and the cluster was not told yet.
+    pub refused: bool,
 }
 
 /// A write as it comes in a call.
@@ -117,7 +119,7 @@ impl Store {
         if have != write.prev && !skip_prev {
             return Reply::Failed(Failure::Behind { have });
         }
-        if self.full > 0 && rng.chance(self.full) {
+        if self.full > 0 && write.body != Body::Nothing && rng.chance(self.full) {
             return Reply::Failed(Failure::NoSpace);
         }
         let blocks: Vec<Option<Block>> = match (write.body, write.blocks) {
