@@ -19,7 +19,21 @@ pub trait StateMachine: Send + Sync + 'static {
     /// of the process if there was none. It must be deterministic: all that it may depend on is
     /// the state and its arguments. A command it dislikes is answered with a response that says
     /// so; it is part of the log all the same.
-    fn apply(&self, index: u64, command: &[u8]) -> Vec<u8>;
+    ///
+    /// # Errors
+    /// The command is not understood, although others may: this process is older than they are. The
+    /// state must be as before; the driver stops, as it can no longer follow the log.
+    fn apply(&self, index: u64, command: &[u8]) -> Result<Vec<u8>, String>;
+
+    /// Whether a command may enter the log. Asked on the leader, before it appends: what not all
+    /// members understand must not get there.
+    ///
+    /// # Errors
+    /// Why it is rejected, for people.
+    fn check(&self, command: &[u8]) -> Result<(), String> {
+        let _ = command;
+        Ok(())
+    }
 
     /// The whole state as bytes, at most [`MAX_SNAPSHOT`](crate::MAX_SNAPSHOT) of them.
     fn snapshot(&self) -> Vec<u8>;
@@ -216,6 +230,12 @@ pub trait ClusterLog: Send + Sync + 'static {
     /// wrongly declared dead is deposed, and its lease does not protect it. The log itself stays
     /// correct in any case.
     fn leader_died(&self, leader: u64) -> BoxFuture<'_, ()>;
+
+    /// Before a planned [`shutdown`](ClusterLog::shutdown): a leader has another voter that has all
+    /// entries take over, so that nobody has to notice that it is gone. Returns when another leads, when
+    /// there is nobody to, or after [`Options::election_timeout`](crate::Options): then the others elect
+    /// one as after a death. This node proposes nothing any more meanwhile.
+    fn hand_over(&self) -> BoxFuture<'_, ()>;
 
     /// Stops taking part and releases the files. Calls made afterwards fail.
     fn shutdown(&self) -> BoxFuture<'_, ()>;

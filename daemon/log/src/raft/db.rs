@@ -36,7 +36,7 @@ const LOG: TableDefinition<u64, &[u8]> = TableDefinition::new("log");
 const SNAPSHOT: TableDefinition<&str, &[u8]> = TableDefinition::new("snapshot");
 
 /// Name and version of the layout above.
-const FORMAT: &str = "sheepdog cluster log 1";
+pub const FORMAT: &str = "sheepdog cluster log 1";
 /// The file's name in the node's directory.
 const FILE: &str = "log.redb";
 /// redb's page cache. The live part of the log is far smaller than the default of 1 GiB.

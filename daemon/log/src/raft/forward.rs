@@ -204,6 +204,11 @@ impl Shared {
         let Operation::Propose(command) = operation else {
             return self.change_members(operation, deadline).await;
         };
+        if self.metrics().state == ServerState::Leader
+            && let Err(why) = self.state.check(&command.0)
+        {
+            return Outcome::Rejected(why);
+        }
         match timeout_at(deadline, self.raft.client_write(command.clone())).await {
             Ok(Ok(written)) => Outcome::Done(written.data),
             Ok(Err(error)) => outcome_of(error),

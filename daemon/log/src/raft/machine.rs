@@ -82,7 +82,12 @@ impl RaftStateMachine<Types> for Machine {
             let log_id = entry.log_id();
             let response = match entry.payload {
                 EntryPayload::Blank => Vec::new(),
-                EntryPayload::Normal(command) => self.state.apply(log_id.index, &command.0),
+                EntryPayload::Normal(command) => {
+                    self.state.apply(log_id.index, &command.0).map_err(|why| {
+                        let why = format!("entry {} cannot be applied: {why}", log_id.index);
+                        io::Error::new(io::ErrorKind::InvalidData, why)
+                    })?
+                }
                 EntryPayload::Membership(membership) => {
                     self.membership = StoredMembership::new(Some(log_id), membership);
                     Vec::new()

@@ -201,6 +201,47 @@ impl Shared {
         }
     }
 
+    /// Hands the lead over to another voter, once one has all entries; returns when another leads.
+    pub async fn hand_over(&self) {
+        let mut changes = self.raft.metrics();
+        let mut heir = None;
+        loop {
+            let metrics = changes.borrow_watched().clone();
+            if metrics.current_leader.is_some_and(|leader| leader != self.id) {
+                return;
+            }
+            if heir.is_none() && metrics.state == ServerState::Leader {
+                if metrics.membership_config.voter_ids().all(|voter| voter == self.id) {
+                    return;
+                }
+                heir = self.heir(&metrics);
+                if let Some(heir) = heir {
+                    tracing::info!(heir, "handing the cluster log over");
+                    // It fails only if Raft has stopped.
+                    let _ = self.raft.trigger().transfer_leader(heir).await;
+                }
+            } else if heir.is_none() {
+                return; // it does not lead, and knows of nobody who does
+            }
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// A voter that has all entries and answered a moment ago, if there is one.
+    fn heir(&self, metrics: &Metrics) -> Option<u64> {
+        let said = self.said.borrow().clone();
+        let has_all = |voter: &u64| {
+            let matched = metrics.replication.as_ref().and_then(|all| *all.get(voter)?);
+            let acked = metrics.heartbeat.as_ref().and_then(|all| *all.get(voter)?);
+            matched.index() == metrics.last_log_index
+                && acked.is_some_and(|at| at.elapsed() < self.options.election_timeout.0)
+                && said.as_ref().is_none_or(|said| said.up.contains(voter))
+        };
+        metrics.membership_config.voter_ids().find(|voter| *voter != self.id && has_all(voter))
+    }
+
     /// Promotes and replaces voters while this node leads.
     pub async fn keep_members(self: Arc<Self>) {
         let mut metrics = self.raft.metrics();

@@ -51,6 +51,7 @@ pub struct RaftLog {
 struct Shared {
     id: u64,
     raft: Raft,
+    state: Arc<dyn StateMachine>,
     db: Arc<Db>,
     network: Network,
     options: Arc<Options>,
@@ -84,13 +85,17 @@ impl RaftLog {
     ) -> Result<Self, OpenError> {
         let mut config = options.to_config()?;
         let db = Arc::new(Db::open(dir, id)?);
-        let machine = Machine::open(state, db.clone()).map_err(|error| start_error(&db, error))?;
+        let machine =
+            Machine::open(state.clone(), db.clone()).map_err(|error| start_error(&db, error))?;
         let was_used = db.vote().is_some();
+        let last = db.vote().filter(|vote| vote.committed && vote.leader_id.voted_for == id);
+        let led = last.map(|vote| vote.leader_id.term);
         let quiet = if was_used { options.election_timeout.1 } else { Duration::ZERO };
         config.enable_elect = !was_used;
         let options = Arc::new(options);
         let network = Network {
             me: id,
+            led,
             transport,
             options: options.clone(),
             addresses: Arc::new(RwLock::new(BTreeMap::new())),
@@ -102,6 +107,7 @@ impl RaftLog {
         let log = Self::start(Shared {
             id,
             raft,
+            state,
             db,
             network,
             status: watch::Sender::new(LogStatus::default()),
@@ -112,7 +118,7 @@ impl RaftLog {
             heard: Mutex::new(Heard::new(std::time::Instant::now())),
             options,
         });
-        log.elect_alone().await;
+        log.stand_at_once().await;
         Ok(log)
     }
 
@@ -152,11 +158,13 @@ impl RaftLog {
         Self { shared, tasks: Mutex::new(tasks) }
     }
 
-    /// The only voter has made no promises to others and need not wait for anyone.
-    async fn elect_alone(&self) {
+    /// The only voter has made no promises to others and need not wait for anyone. Nor need a leader that
+    /// was killed: it is the one that all others wait for, and it has acknowledged no later one.
+    async fn stand_at_once(&self) {
         let metrics = self.shared.metrics();
         let mut voters = metrics.membership_config.voter_ids();
-        if voters.next() == Some(self.shared.id) && voters.next().is_none() {
+        let is_alone = voters.next() == Some(self.shared.id) && voters.next().is_none();
+        if is_alone || self.shared.network.led.is_some() {
             // It fails only if Raft has stopped, which the status tells.
             let _ = self.shared.raft.trigger().elect(false).await;
         }
@@ -240,6 +248,17 @@ impl ClusterLog for RaftLog {
 
     fn leader_died(&self, leader: u64) -> BoxFuture<'_, ()> {
         Box::pin(self.shared.take_over(leader))
+    }
+
+    fn hand_over(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async move {
+            let limit = self.shared.options.election_timeout.0;
+            if tokio::time::timeout(limit, self.shared.hand_over()).await.is_err() {
+                tracing::info!(
+                    "nobody took the cluster log over in time; there will be an election"
+                );
+            }
+        })
     }
 
     fn shutdown(&self) -> BoxFuture<'_, ()> {

@@ -22,6 +22,8 @@ use crate::api::{Transport, TransportError};
 #[derive(Clone)]
 pub struct Network {
     pub me: u64,
+    /// The term that this node led when it was last stopped without handing over.
+    pub led: Option<u64>,
     pub transport: Arc<dyn Transport>,
     pub options: Arc<Options>,
     /// Kept current from the membership: openraft keeps a stream to a node whose address changed.
@@ -115,9 +117,13 @@ impl RaftNetworkV2<Types> for Client {
 
     async fn vote(
         &mut self,
-        rpc: VoteRequest<Types>,
+        mut rpc: VoteRequest<Types>,
         option: RPCOption,
     ) -> Result<VoteResponse<Types>, RPCError<Types>> {
+        // The others keep their promise to a leader that is gone. It was this node, whose process is
+        // certainly dead: as if it had handed over to itself with its last breath.
+        let led = self.network.led;
+        rpc.leadership_transfer |= led.is_some_and(|led| rpc.vote.leader_id.term == led + 1);
         match self.call(Request::Vote(rpc), option.soft_ttl()).await? {
             Response::Vote(response) => Ok(response),
             other => Err(self.unexpected(&other)),

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use openraft::{Config, SnapshotPolicy};
 
+use super::db::FORMAT;
+
 /// The settings of a [`RaftLog`](super::RaftLog). All members should use the same.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -108,7 +110,10 @@ pub enum OpenError {
         why: String,
     },
     /// The database is a sound one of another program or version. It was left as it is.
-    #[error("{path} is not a cluster log of this version (found {found:?})")]
+    #[error(
+        "{path} was written by another release or program: it is a {found:?}, this release reads \
+         {FORMAT:?}; use the release that wrote it, or a newer one (docs/upgrade.md)"
+    )]
     Foreign {
         /// The database file.
         path: PathBuf,

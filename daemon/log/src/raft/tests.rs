@@ -21,9 +21,9 @@ use crate::api::TransportError;
 struct Journal(Mutex<Vec<Vec<u8>>>);
 
 impl StateMachine for Journal {
-    fn apply(&self, _index: u64, command: &[u8]) -> Vec<u8> {
+    fn apply(&self, _index: u64, command: &[u8]) -> Result<Vec<u8>, String> {
         self.0.lock().unwrap().push(command.to_vec());
-        Vec::new()
+        Ok(Vec::new())
     }
     fn snapshot(&self) -> Vec<u8> {
         postcard::to_stdvec(&*self.0.lock().unwrap()).unwrap()

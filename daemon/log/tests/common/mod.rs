@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -17,21 +17,30 @@ use tempfile::TempDir;
 /// Long enough for a busy machine; no test waits for it unless it fails.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The commands applied, with their indexes. Checks that none is applied twice or out of order.
+/// The commands applied, with their indexes. Checks that none is applied twice or out of order. No
+/// leader lets `forbidden` commands in; an old journal does not understand `future` ones.
 #[derive(Default)]
 pub struct Journal {
+    pub is_old: AtomicBool,
     pub entries: Mutex<Vec<(u64, Vec<u8>)>>,
     pub restored: AtomicUsize,
 }
 
 impl StateMachine for Journal {
-    fn apply(&self, index: u64, command: &[u8]) -> Vec<u8> {
+    fn apply(&self, index: u64, command: &[u8]) -> Result<Vec<u8>, String> {
+        if self.is_old.load(Ordering::Relaxed) && command.starts_with(b"future") {
+            return Err("not understood".into());
+        }
         let mut entries = self.entries.lock().unwrap();
         if let Some((last, _)) = entries.last() {
             assert!(*last < index, "{index} applied after {last}");
         }
         entries.push((index, command.to_vec()));
-        [b"done ", command].concat()
+        Ok([b"done ", command].concat())
+    }
+
+    fn check(&self, command: &[u8]) -> Result<(), String> {
+        if command.starts_with(b"forbidden") { Err("forbidden here".into()) } else { Ok(()) }
     }
 
     fn snapshot(&self) -> Vec<u8> {
