@@ -19,7 +19,7 @@ use sheepdog_log::ClusterLog;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use exports::attach;
+pub use exports::{attach, release, take_over};
 pub use recovery::local_recovery;
 pub use stats::{local_disks, local_stats};
 
@@ -79,8 +79,10 @@ async fn handle(node: &Arc<Node>, request: Request) -> Result<serde_json::Value,
         Request::VolumeList => json(volumes::list(node).await),
         Request::VolumeInfo { name } => json(volumes::info(node, &name).await?),
         Request::VolumeDelete { name } => json(volumes::delete(node, name).await?),
-        Request::ExportAdd { volume, protocol, address } => {
-            json(exports::add(node, volume, protocol, address).await?)
+        Request::VolumeDetach { name, force } => json(volumes::detach(node, &name, force).await?),
+        Request::VolumeEndHandover { name } => json(volumes::end_handover(node, &name).await?),
+        Request::ExportAdd { volume, protocol, address, incoming } => {
+            json(exports::add(node, volume, protocol, address, incoming).await?)
         }
         Request::ExportList => json(node.exports.list()),
         Request::ExportRemove { volume, protocol, address } => {
@@ -135,6 +137,7 @@ fn cluster_info(node: &Node) -> ClusterInfo {
     ClusterInfo {
         cluster: node.identity().cluster.clone(),
         version: env!("CARGO_PKG_VERSION").into(),
+        cluster_version: state.version,
         epoch: state.epoch.0,
         leader: status.leader.as_ref().map(address),
         voters: status.voters.iter().map(address).collect(),

@@ -134,6 +134,19 @@ pub enum Request {
         /// Its name.
         name: String,
     },
+    /// Ends the attachment of a volume; answers [`Detached`].
+    VolumeDetach {
+        /// Its name.
+        name: String,
+        /// Even if it has clients, or the node that has it does not answer: these get I/O errors.
+        #[serde(default)]
+        force: bool,
+    },
+    /// Ends the hand-over of a volume, so that the node that has it keeps it; answers [`VolumeInfo`].
+    VolumeEndHandover {
+        /// Its name.
+        name: String,
+    },
     /// Attaches the volume to this node and serves it; answers [`ExportInfo`].
     ExportAdd {
         /// The volume.
@@ -142,6 +155,9 @@ pub enum Request {
         protocol: Protocol,
         /// Absolute path of the socket, or `IP:PORT` (NBD only).
         address: String,
+        /// Leaves the volume where it is until a client needs it here: for the target of a migration.
+        #[serde(default)]
+        incoming: bool,
     },
     /// The exports of this node, a list of [`ExportInfo`].
     ExportList,
@@ -183,6 +199,8 @@ pub struct ClusterInfo {
     pub cluster: String,
     /// Release of the node that answers.
     pub version: String,
+    /// What all members understand, see `docs/upgrade.md`.
+    pub cluster_version: u8,
     /// Current epoch.
     pub epoch: u64,
     /// Address of the leader of the cluster log, if this node knows one.
@@ -292,6 +310,10 @@ pub struct NodeInfo {
     pub state: NodeState,
     /// It is draining, and none of its disks has to hold anything any more.
     pub drained: bool,
+    /// Epoch in which it last entered the cluster: grows with each start.
+    pub entered: u64,
+    /// Newest cluster version that its release understands.
+    pub cluster_version: u8,
     /// Its disks.
     pub disks: Vec<DiskInfo>,
 }
@@ -530,14 +552,50 @@ pub struct VolumeInfo {
     pub ack: Ack,
     /// Address of the gateway that has it.
     pub attached_to: Option<String>,
-    /// Writer generation: how many times it was attached.
+    /// Since when, in seconds since 1970.
+    pub attached_since: Option<u64>,
+    /// Writer generation: grows whenever it is attached.
     pub writer: u64,
+    /// Clients connected to the gateway now; absent while it is not attached, or its gateway does not answer.
+    pub clients: Option<u32>,
+    /// No earlier gateway can have left replicas different that nobody has looked at since.
+    pub settled: bool,
+    /// Between whom it is being handed over: its VM is being migrated.
+    pub handover: Option<HandoverInfo>,
     /// Seconds since 1970.
     pub created: u64,
     /// Volume and snapshot it was cloned from.
     pub parent: Option<String>,
     /// Its snapshots.
     pub snapshots: Vec<SnapshotInfo>,
+}
+
+/// A volume that may go back and forth between two nodes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandoverInfo {
+    /// Address of the node that had it when this began.
+    pub from: String,
+    /// Address of the node that may take it over.
+    pub to: String,
+    /// Seconds since 1970.
+    pub since: u64,
+}
+
+/// An attachment that was ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Detached {
+    /// The volume.
+    pub volume: String,
+    /// Address of the node that had it, or its id if it is no member any more.
+    pub detached_from: String,
+    /// Since when it had it, in seconds since 1970.
+    pub attached_since: u64,
+    /// Its writer generation, which ended with it.
+    pub writer: u64,
+    /// The lock of a node that is up was broken: its clients get I/O errors.
+    pub broken: bool,
+    /// Clients that it had then; absent if it did not answer.
+    pub clients: Option<u32>,
 }
 
 /// A snapshot of a volume.

@@ -1,7 +1,7 @@
 //! The agreed state on this node, and the picture of it that the data path works with.
 
 use crate::recovery::Clients;
-use sheepdog_cluster::command::{self, Refusal};
+use sheepdog_cluster::command::{self, LOG_VERSION};
 use sheepdog_cluster::state::ClusterState;
 use sheepdog_cluster::view::View;
 use sheepdog_log::StateMachine;
@@ -65,11 +65,15 @@ pub struct Cluster {
     pub lease: Lease,
     /// Wakes whoever ticks the volumes: one of them waits for something passing.
     pub ticks: Notify,
+    /// Wakes whoever attaches volumes that clients of this node need.
+    pub takeovers: Notify,
     /// What the guests of this node's volumes experience.
     pub clients: Arc<Clients>,
     state: Mutex<ClusterState>,
     view: RwLock<Arc<View>>,
     changes: watch::Sender<u64>,
+    /// Why this release cannot follow the log any more.
+    pub outdated: watch::Sender<Option<String>>,
 }
 
 impl Cluster {
@@ -81,8 +85,9 @@ impl Cluster {
         let (changes, _) = watch::channel(0);
         let (lease, state) = (Lease::default(), Mutex::new(state));
         let incarnation = AtomicU64::new(incarnation);
-        let (ticks, clients) = (Notify::new(), Arc::default());
-        Self { node, incarnation, lease, ticks, clients, state, view, changes }
+        let (ticks, takeovers, clients) = (Notify::new(), Notify::new(), Arc::default());
+        let outdated = watch::Sender::new(None);
+        Self { node, incarnation, lease, ticks, takeovers, clients, state, view, changes, outdated }
     }
 
     /// Of the latest entry, or the one being tried.
@@ -106,6 +111,15 @@ impl Cluster {
     /// The whole state, to look at. Do not hold it across an await.
     pub fn state(&self) -> MutexGuard<'_, ClusterState> {
         lock(&self.state)
+    }
+
+    /// The leader heard of this node at or after `asked_at`. Whoever waits for the right to serve goes on.
+    pub fn renew_lease(&self, asked_at: u64) {
+        let was_held = self.lease.is_held();
+        self.lease.renew(asked_at);
+        if !was_held {
+            self.nudge();
+        }
     }
 
     /// Wakes whoever follows changes: something of this node has changed.
@@ -140,24 +154,37 @@ impl Cluster {
 }
 
 impl StateMachine for Cluster {
-    fn apply(&self, _index: u64, entry: &[u8]) -> Vec<u8> {
+    fn apply(&self, _index: u64, entry: &[u8]) -> Result<Vec<u8>, String> {
+        let version = command::version_of(entry);
+        if version > LOG_VERSION {
+            // Whoever guessed, or left it out, would go on with another state than the others.
+            let why = format!(
+                "it is of cluster version {version}, this release understands versions up to \
+                 {LOG_VERSION}: upgrade sheep on this node (docs/upgrade.md)"
+            );
+            self.outdated.send_replace(Some(why.clone()));
+            return Err(why);
+        }
         let mut state = self.state();
         let answer = match command::decode_command(entry) {
             Ok(command) => {
                 tracing::debug!(?command, "applying");
                 state.apply(command)
             }
-            Err(refusal) => Err(refusal),
+            Err(refusal) => Err(refusal), // as on every other node
         };
-        if let Err(Refusal::Unknown(what)) = &answer {
-            tracing::error!(what, "a log entry is not understood; upgrade this node");
-        }
         if state.revision != self.view().revision || state.epoch != self.view().epoch {
             self.publish(&state);
         } else {
             self.changes.send_modify(|count| *count += 1);
         }
-        command::encode_answer(&answer)
+        Ok(command::encode_answer(version, &answer))
+    }
+
+    fn check(&self, entry: &[u8]) -> Result<(), String> {
+        let checked = command::decode_command(entry);
+        let checked = checked.and_then(|_| self.state().check_version(command::version_of(entry)));
+        checked.map_err(|refusal| refusal.to_string())
     }
 
     fn snapshot(&self) -> Vec<u8> {
@@ -170,5 +197,40 @@ impl StateMachine for Cluster {
         *state = restored;
         self.publish(&state);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sheepdog_cluster::command::{Command, encode_command};
+    use sheepdog_types::ClusterId;
+
+    #[test]
+    fn an_entry_from_the_future_stops_this_release_and_changes_nothing() {
+        let cluster = Cluster::new(NodeId(1), 1);
+        let found = encode_command(&Command::Found { cluster: ClusterId(1) });
+        assert_eq!(cluster.check(&found), Ok(()));
+        cluster.apply(1, &found).unwrap();
+        let (before, outdated) = (cluster.snapshot(), cluster.outdated.subscribe());
+        let mut later = encode_command(&Command::DeleteVolume { name: "v".into() });
+        later[0] = LOG_VERSION + 1;
+        assert!(cluster.check(&later).unwrap_err().contains("upgrade"));
+        let why = cluster.apply(2, &later).unwrap_err();
+        assert!(why.contains(&format!("version {}", LOG_VERSION + 1)), "{why}");
+        assert_eq!(outdated.borrow().as_deref(), Some(why.as_str()));
+        assert_eq!(cluster.snapshot(), before);
+    }
+
+    #[test]
+    fn an_entry_that_makes_no_sense_is_refused_as_everywhere() {
+        let cluster = Cluster::new(NodeId(1), 1);
+        for entry in [&[][..], &[LOG_VERSION], &[LOG_VERSION, 255, 255], &[0, 1, 2]] {
+            assert!(cluster.check(entry).is_err());
+            let answer = cluster.apply(1, entry).unwrap();
+            let unknown = command::decode_answer(&answer).unwrap_err();
+            assert!(matches!(unknown, command::Refusal::Unknown(_)), "{unknown}");
+        }
+        assert!(cluster.outdated.borrow().is_none());
     }
 }

@@ -5,14 +5,15 @@
 
 use crate::api::RecoveryInfo;
 use crate::cluster::lock;
+use crate::incompatible::Incompatible;
 use crate::wire::{ControlType, HELLO_LEN, HELLO_TIMEOUT, Hello, HelloError, Kind, MAX_ADMIN};
 use serde::{Deserialize, Serialize};
 use sheepdog_cluster::command::NodeInfo;
 use sheepdog_log::{BoxFuture, Transport, TransportError};
-use sheepdog_types::{ClusterId, DiskId, NodeId};
+use sheepdog_types::{ClusterId, DiskId, NodeId, VolumeId, WriterGen};
 use std::collections::HashMap;
 use std::io;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -43,6 +44,8 @@ pub enum NodeRequest {
         node: NodeId,
         /// `IP:PORT`.
         address: String,
+        /// Newest cluster version that it understands.
+        version: u8,
     },
     /// Renews the lease of a node; only the leader of the log can.
     Renew {
@@ -94,6 +97,13 @@ pub enum NodeRequest {
     },
     /// How far is the background recovery?
     Recovery,
+    /// Stops serving a volume and gives it back, unless it has clients.
+    Release {
+        /// The volume.
+        volume: VolumeId,
+        /// The generation with which this node has it.
+        writer: WriterGen,
+    },
 }
 
 /// The answer of one node to another.
@@ -109,6 +119,8 @@ pub enum NodeReply {
         node: NodeId,
         /// Its release.
         release: String,
+        /// What all members understand.
+        version: u8,
     },
     /// The lease is renewed, as of so many milliseconds before.
     Granted(u64),
@@ -146,6 +158,11 @@ pub enum NodeReply {
     },
     /// Answers [`NodeRequest::Recovery`].
     Recovery(Vec<RecoveryInfo>),
+    /// Answers [`NodeRequest::Release`]: it was given back, or has so many clients.
+    Released {
+        /// Clients; the volume was given back if there are none.
+        clients: u32,
+    },
 }
 
 /// What a node tells of its disks.
@@ -155,6 +172,8 @@ pub struct NodeStats {
     pub disks: Vec<DiskStats>,
     /// Bytes of data blocks of each volume, of objects for which this node has the first up disk.
     pub volumes: Vec<(u64, u64)>,
+    /// Clients of each volume that is attached to this node.
+    pub clients: Vec<(VolumeId, u32)>,
 }
 
 /// What a node tells of a disk.
@@ -201,6 +220,12 @@ impl ControlError {
     pub fn is_refused(&self) -> bool {
         matches!(self, Self::NotSent(HelloError::Io(e)) if e.kind() == io::ErrorKind::ConnectionRefused)
     }
+
+    /// Whether nobody answered in time: the request was not sent.
+    #[must_use]
+    pub fn is_timeout(&self) -> bool {
+        matches!(self, Self::NotSent(HelloError::Io(e)) if e.kind() == io::ErrorKind::TimedOut)
+    }
 }
 
 /// Reads one control frame: its type or status, and its body.
@@ -241,13 +266,20 @@ pub struct ControlClient {
     cluster: ClusterId,
     node: NodeId,
     idle: Mutex<HashMap<String, Vec<TcpStream>>>,
+    incompatible: Arc<Incompatible>,
 }
 
 impl ControlClient {
     /// A client of this node; cluster 0 while it has not joined.
     #[must_use]
     pub fn new(cluster: ClusterId, node: NodeId) -> Self {
-        Self { cluster, node, idle: Mutex::default() }
+        Self { cluster, node, idle: Mutex::default(), incompatible: Arc::default() }
+    }
+
+    /// Tells of nodes that speak no protocol version of this one.
+    #[must_use]
+    pub fn telling(self, incompatible: &Arc<Incompatible>) -> Self {
+        Self { incompatible: Arc::clone(incompatible), ..self }
     }
 
     /// Asks the node at `address`.
@@ -311,6 +343,12 @@ impl ControlClient {
     }
 
     async fn connect(&self, address: &str) -> Result<(TcpStream, NodeId), HelloError> {
+        let outcome = self.try_connect(address).await;
+        self.incompatible.observe(address, &outcome);
+        outcome
+    }
+
+    async fn try_connect(&self, address: &str) -> Result<(TcpStream, NodeId), HelloError> {
         let timed_out = |_| HelloError::Io(io::ErrorKind::TimedOut.into());
         let mut stream = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(address))
             .await

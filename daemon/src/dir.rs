@@ -16,8 +16,15 @@ use std::io::{self, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
-/// Newest format of `node.json` that is understood.
+/// Newest format of `node.json`, and of the other JSON files, that is understood.
 pub const FORMAT: u32 = 1;
+
+/// What another file than `node.json` consists of.
+#[derive(Serialize, Deserialize)]
+struct Content<T> {
+    format: u32,
+    content: T,
+}
 
 /// Why a directory cannot be used. It was not changed.
 #[derive(Debug, Error)]
@@ -147,16 +154,7 @@ impl NodeDir {
     /// # Errors
     /// [`DirError`].
     pub fn identity(&self) -> Result<Option<Identity>, DirError> {
-        #[derive(Deserialize)]
-        struct Format {
-            format: u32,
-        }
-        let file = self.path.join("node.json");
-        let Some(format) = read_json::<Format>(&file)? else { return Ok(None) };
-        if format.format > FORMAT {
-            return Err(DirError::NewerFormat { file, found: format.format });
-        }
-        read_json(&file)
+        read_known(&self.path.join("node.json"))
     }
 
     /// Remembers who the node is.
@@ -172,7 +170,8 @@ impl NodeDir {
     /// # Errors
     /// [`DirError`].
     pub fn load<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, DirError> {
-        read_json(&self.path.join(name))
+        let read = read_known::<Content<T>>(&self.path.join(name))?;
+        Ok(read.map(|read| read.content))
     }
 
     /// Writes another file of the directory, atomically and durably.
@@ -180,8 +179,21 @@ impl NodeDir {
     /// # Errors
     /// [`DirError::Io`].
     pub fn save<T: Serialize>(&self, name: &str, value: &T) -> Result<(), DirError> {
-        write_json(&self.path.join(name), value)
+        write_json(&self.path.join(name), &Content { format: FORMAT, content: value })
     }
+}
+
+/// Reads a file that says its format, if that is understood.
+fn read_known<T: DeserializeOwned>(file: &Path) -> Result<Option<T>, DirError> {
+    #[derive(Deserialize)]
+    struct Format {
+        format: u32,
+    }
+    let Some(Format { format }) = read_json(file)? else { return Ok(None) };
+    if format > FORMAT {
+        return Err(DirError::NewerFormat { file: file.into(), found: format });
+    }
+    read_json(file)
 }
 
 fn read_json<T: DeserializeOwned>(file: &Path) -> Result<Option<T>, DirError> {
@@ -251,5 +263,18 @@ mod tests {
         assert!(matches!(node.identity(), Err(DirError::NewerFormat { found: 2, .. })));
         fs::write(dir.path().join("node.json"), "{").unwrap();
         assert!(matches!(node.identity(), Err(DirError::Damaged { .. })));
+    }
+
+    #[test]
+    fn other_files_say_their_format_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = NodeDir::lock(dir.path()).unwrap();
+        assert_eq!(node.load::<Vec<u32>>("exports.json").unwrap(), None);
+        node.save("exports.json", &[1, 2]).unwrap();
+        assert_eq!(node.load::<Vec<u32>>("exports.json").unwrap(), Some(vec![1, 2]));
+        let file = dir.path().join("exports.json");
+        fs::write(&file, r#"{"format": 2, "content": {"other": "shape"}}"#).unwrap();
+        let newer = node.load::<Vec<u32>>("exports.json");
+        assert!(matches!(newer, Err(DirError::NewerFormat { found: 2, .. })));
     }
 }

@@ -5,9 +5,12 @@ use crate::cluster::{Cluster, lock};
 use crate::dir::NodeDir;
 use crate::peers::Peers;
 use crate::replica::Replica;
+use crate::seat::Seat;
 use crate::volume::VolumeDevice;
 use serde::{Deserialize, Serialize};
-use sheepdog_cluster::gateway::{Config, Phase};
+use sheepdog_cluster::command::Command;
+use sheepdog_cluster::gateway::Config;
+use sheepdog_cluster::state::Volume;
 use sheepdog_nbd::{Exports as NbdExports, OpenError};
 use sheepdog_types::{Block, VolumeId, WriterGen};
 use std::collections::BTreeMap;
@@ -66,21 +69,55 @@ struct Export {
 pub struct Removed {
     /// The exports that are gone.
     pub exports: Vec<ExportInfo>,
-    /// The attachment to give back: the volume has no export any more.
-    pub detach: Option<(VolumeId, WriterGen)>,
+    /// The volume, if it has no export here any more.
+    pub last_of: Option<VolumeId>,
+    /// The attachment to give back then.
+    pub detach: Option<GiveBack>,
 }
 
-/// A volume that this node has attached.
-struct Attached {
-    device: Arc<VolumeDevice>,
-    volume: VolumeId,
-    writer: WriterGen,
+/// An attachment that is not used any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GiveBack {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Its generation.
+    pub writer: WriterGen,
+    /// Nothing was under way at its end, and all replicas are equal.
+    pub settled: bool,
+}
+
+impl GiveBack {
+    /// What tells the cluster.
+    #[must_use]
+    pub fn command(self) -> Command {
+        let Self { volume, writer, settled } = self;
+        Command::Detach { volume, writer, settled }
+    }
 }
 
 #[derive(Default)]
 struct Table {
     exports: Vec<Export>,
-    attached: BTreeMap<String, Attached>,
+    /// The volumes that are attached here, or could be at any moment.
+    seats: BTreeMap<String, Arc<Seat>>,
+}
+
+impl Table {
+    /// The seat of a volume; a new one if there is none that can be used.
+    fn seat(&mut self, volume: &Volume, cluster: &Arc<Cluster>) -> Arc<Seat> {
+        let name = &volume.spec.name;
+        if let Some(seat) = self.seats.get(name)
+            && !seat.is_closed()
+            && seat.volume() == volume.id
+        {
+            return Arc::clone(seat);
+        }
+        let seat = Seat::new(volume, cluster);
+        if let Some(old) = self.seats.insert(name.clone(), Arc::clone(&seat)) {
+            old.close();
+        }
+        seat
+    }
 }
 
 /// The exports of this node.
@@ -133,8 +170,7 @@ impl ExportTable {
     /// Whether this node has `volume` attached and its gateway works.
     #[must_use]
     pub fn is_attached(&self, volume: &str) -> bool {
-        let table = lock(&self.table);
-        table.attached.get(volume).is_some_and(|a| a.device.phase() != Phase::Fenced)
+        self.device(volume).is_some()
     }
 
     /// Checks whether an export could be added, before its volume is attached for it.
@@ -166,18 +202,38 @@ impl ExportTable {
         }
     }
 
-    /// Takes a volume that the log attached to this node.
-    pub fn attach(&self, name: &str, config: Config) {
-        let (volume, writer) = (config.volume, config.writer);
-        let device = VolumeDevice::new(name, config, &self.cluster, &self.replica, &self.peers);
-        let attached = Attached { device, volume, writer };
-        let old = lock(&self.table).attached.insert(name.to_owned(), attached);
-        if let Some(old) = old {
-            old.device.fence_off();
-        }
+    /// Takes a volume that the log attached to this node, as this generation.
+    pub fn attach(&self, volume: &Volume, writer: WriterGen) -> Arc<VolumeDevice> {
+        let config = Config {
+            node: self.cluster.node,
+            volume: volume.id,
+            size: volume.spec.size,
+            copies: usize::from(volume.spec.copies),
+            min_copies: usize::from(volume.spec.min_copies),
+            layer: volume.layer,
+            writer,
+            ack: volume.spec.ack,
+        };
+        let seat = lock(&self.table).seat(volume, &self.cluster);
+        let device = VolumeDevice::new(&seat, config, &self.cluster, &self.replica, &self.peers);
+        seat.install(Arc::clone(&device));
+        device
     }
 
-    /// Adds an export of an attached volume, serves it and remembers it.
+    /// Makes ready to take a volume over when a client needs it.
+    pub fn stand_by(&self, volume: &Volume) {
+        lock(&self.table).seat(volume, &self.cluster);
+    }
+
+    /// Whether there is exactly this export, and clients that it gets could be served some day.
+    #[must_use]
+    pub fn stands(&self, spec: &ExportSpec) -> bool {
+        let table = lock(&self.table);
+        table.exports.iter().any(|e| e.spec == *spec && e.server.is_some())
+            && table.seats.get(&spec.volume).is_some_and(|seat| !seat.is_closed())
+    }
+
+    /// Adds an export of a volume that has a seat here, serves it and remembers it.
     ///
     /// # Errors
     /// A text for people; nothing was changed.
@@ -274,47 +330,95 @@ impl ExportTable {
             return Err(format!("cannot be remembered: {error}; nothing was changed"));
         }
         let last = !table.exports.iter().any(|e| e.spec.volume == volume);
-        let attached = if last { table.attached.remove(volume) } else { None };
+        let seat = if last { table.seats.remove(volume) } else { None };
         drop(table);
+        if let Some(seat) = seat.as_ref().filter(|seat| seat.device().is_none()) {
+            seat.close(); // nobody will carry out what waits
+        }
         let servers = removed.into_iter().filter_map(|e| e.server).collect();
-        let attached: Vec<Attached> = attached.into_iter().collect();
-        stop_serving(servers, &attached);
-        let detach = attached.first().map(|a| (a.volume, a.writer));
-        Ok(Removed { exports: infos, detach })
+        let last_of = seat.as_ref().map(|seat| seat.volume());
+        let detach = stop_serving(servers, seat.into_iter().collect()).pop();
+        Ok(Removed { exports: infos, last_of, detach })
+    }
+
+    /// Stops and forgets all exports of a volume, to give this attachment back, unless it has clients: then
+    /// says how many.
+    ///
+    /// # Errors
+    /// A text for people; nothing was changed.
+    pub fn release(
+        &self,
+        name: &str,
+        volume: VolumeId,
+        writer: WriterGen,
+    ) -> Result<Result<GiveBack, u32>, String> {
+        let clients = self.clients().get(&volume).copied().unwrap_or(0);
+        if clients > 0 {
+            return Ok(Err(clients as u32));
+        }
+        let exported = lock(&self.table).exports.iter().any(|e| e.spec.volume == name);
+        let attachment = if exported {
+            self.remove(name, None, None)?.detach
+        } else {
+            self.release_unused(name)
+        };
+        // Its gateway may be still to come, or gone already: nobody is served.
+        let other = GiveBack { volume, writer, settled: false };
+        Ok(Ok(attachment.filter(|a| (a.volume, a.writer) == (volume, writer)).unwrap_or(other)))
     }
 
     /// Gives back the attachment of a volume without exports, after a failed try to add one.
-    pub fn release_unused(&self, volume: &str) -> Option<(VolumeId, WriterGen)> {
+    pub fn release_unused(&self, volume: &str) -> Option<GiveBack> {
         let mut table = lock(&self.table);
         if table.exports.iter().any(|e| e.spec.volume == volume) {
             return None;
         }
-        let attached = table.attached.remove(volume)?;
-        Some((attached.volume, attached.writer))
+        let seat = table.seats.remove(volume)?;
+        drop(table);
+        stop_serving(Vec::new(), vec![seat]).pop()
     }
 
     /// Stops serving, keeping what is remembered; gives the attachments to give back.
-    pub fn stop_all(&self) -> Vec<(VolumeId, WriterGen)> {
+    pub fn stop_all(&self) -> Vec<GiveBack> {
         let mut table = lock(&self.table);
         let servers: Vec<Server> =
             table.exports.iter_mut().filter_map(|e| e.server.take()).collect();
-        let attached = std::mem::take(&mut table.attached);
+        let seats = std::mem::take(&mut table.seats);
         drop(table);
-        let attached: Vec<Attached> = attached.into_values().collect();
-        stop_serving(servers, &attached);
-        attached.iter().map(|a| (a.volume, a.writer)).collect()
+        stop_serving(servers, seats.into_values().collect())
+    }
+
+    /// How many clients each volume has that is attached to this node and served.
+    #[must_use]
+    pub fn clients(&self) -> BTreeMap<VolumeId, usize> {
+        let table = lock(&self.table);
+        let served = table.seats.values().filter(|seat| seat.device().is_some());
+        served.map(|seat| (seat.volume(), table.clients_of(seat.name()))).collect()
+    }
+
+    /// How many clients the exports of a volume have, whether it is served or not.
+    #[must_use]
+    pub fn clients_of(&self, volume: &str) -> usize {
+        lock(&self.table).clients_of(volume)
     }
 
     /// The devices of all attached volumes.
     #[must_use]
     pub fn devices(&self) -> Vec<Arc<VolumeDevice>> {
-        lock(&self.table).attached.values().map(|a| Arc::clone(&a.device)).collect()
+        self.seats().iter().filter_map(|seat| seat.device()).collect()
     }
 
-    /// The device of a volume.
+    /// The device of a volume that is attached here.
     #[must_use]
     pub fn device(&self, volume: &str) -> Option<Arc<VolumeDevice>> {
-        lock(&self.table).attached.get(volume).map(|a| Arc::clone(&a.device))
+        let seat = lock(&self.table).seats.get(volume).cloned();
+        seat.and_then(|seat| seat.device())
+    }
+
+    /// The volumes that are attached here, or could be at any moment.
+    #[must_use]
+    pub fn seats(&self) -> Vec<Arc<Seat>> {
+        lock(&self.table).seats.values().cloned().collect()
     }
 
     fn save(&self, table: &Table) -> Result<(), crate::dir::DirError> {
@@ -323,32 +427,38 @@ impl ExportTable {
     }
 }
 
+impl Table {
+    fn clients_of(&self, volume: &str) -> usize {
+        let of = self.exports.iter().filter(|e| e.spec.volume == volume);
+        of.filter_map(|e| e.server.as_ref()).map(Server::clients).sum()
+    }
+}
+
 /// Stops servers, then the devices that are not served any more. Requests in progress get time to
 /// finish, so that the next gateway finds equal replicas; then they fail.
-fn stop_serving(servers: Vec<Server>, attached: &[Attached]) {
+fn stop_serving(servers: Vec<Server>, seats: Vec<Arc<Seat>>) -> Vec<GiveBack> {
+    let seats = &seats;
     let (done, finished) = mpsc::channel::<()>();
     thread::scope(|scope| {
         scope.spawn(move || {
             if finished.recv_timeout(DRAIN_TIMEOUT) == Err(mpsc::RecvTimeoutError::Timeout) {
-                for Attached { device, .. } in attached {
+                for seat in seats {
                     tracing::warn!(
-                        volume = device.name(),
+                        volume = seat.name(),
                         "detached with requests in progress; they fail, and may or may not have \
                          been written"
                     );
-                    device.fence_off();
+                    seat.close();
                 }
             }
         });
         servers.into_iter().for_each(Server::stop);
-        for Attached { device, .. } in attached {
-            device.wait_idle(DRAIN_TIMEOUT);
+        for seat in seats {
+            seat.wait_idle(DRAIN_TIMEOUT);
         }
         drop(done);
     });
-    for Attached { device, .. } in attached {
-        device.fence_off();
-    }
+    seats.iter().filter_map(|seat| seat.give_back()).collect()
 }
 
 fn check_path(address: &str) -> Result<(), String> {
@@ -366,11 +476,9 @@ fn check_path(address: &str) -> Result<(), String> {
 }
 
 fn start(table: &Table, spec: &ExportSpec) -> Result<Server, String> {
-    let attached = table
-        .attached
-        .get(&spec.volume)
-        .ok_or_else(|| format!("volume '{}' is not attached here", spec.volume))?;
-    let device = Arc::clone(&attached.device);
+    let seat = table.seats.get(&spec.volume);
+    let seat = seat.ok_or_else(|| format!("volume '{}' is not attached here", spec.volume))?;
+    let seat = Arc::clone(seat);
     let describe = |error: &dyn std::fmt::Display| {
         format!("cannot serve on {}: {error}; nothing was changed", spec.address)
     };
@@ -381,28 +489,24 @@ fn start(table: &Table, spec: &ExportSpec) -> Result<Server, String> {
                 Err(_) => sheepdog_nbd::Server::bind_unix(&spec.address, 0o600),
             };
             let listener = listener.map_err(|e| describe(&e))?;
-            let exports = Arc::new(OneExport { name: spec.volume.clone(), device });
+            let exports = Arc::new(OneExport { name: spec.volume.clone(), seat });
             let limits = sheepdog_nbd::Limits::default();
             let handle = sheepdog_nbd::Server::start(listener, exports, limits);
             handle.map(Server::Nbd).map_err(|e| describe(&e))
         }
         Protocol::VhostUser => {
             let config = sheepdog_vhost::Config::default();
-            let handle = sheepdog_vhost::VhostServer::start(&spec.address, device, config);
+            let handle = sheepdog_vhost::VhostServer::start(&spec.address, seat, config);
             handle.map(Server::Vhost).map_err(|e| describe(&e))
         }
     }
 }
 
 fn info(table: &Table, export: &Export) -> ExportInfo {
-    let phase = table.attached.get(&export.spec.volume).map(|a| a.device.phase());
-    let state = match (&export.problem, phase) {
+    let state = match (&export.problem, table.seats.get(&export.spec.volume)) {
         (Some(problem), _) => problem.clone(),
-        (None, Some(Phase::Serving)) => "serving".into(),
-        (None, Some(Phase::Fencing)) => "waiting for all nodes to fence older writers".into(),
-        (None, Some(Phase::Fenced) | None) => {
-            "fenced: another gateway has the volume; its clients get I/O errors".into()
-        }
+        (None, Some(seat)) => seat.describe(),
+        (None, None) => "stopping".into(),
     };
     ExportInfo {
         volume: export.spec.volume.clone(),
@@ -416,7 +520,7 @@ fn info(table: &Table, export: &Export) -> ExportInfo {
 /// One volume behind one NBD listener.
 struct OneExport {
     name: String,
-    device: Arc<VolumeDevice>,
+    seat: Arc<Seat>,
 }
 
 impl NbdExports for OneExport {
@@ -428,6 +532,9 @@ impl NbdExports for OneExport {
         if name != self.name {
             return Err(OpenError::Unknown);
         }
-        Ok(self.device.clone())
+        match self.seat.refusal() {
+            Some(why) => Err(OpenError::Unavailable(why)),
+            None => Ok(self.seat.clone()),
+        }
     }
 }

@@ -1,13 +1,15 @@
 //! The one port of a node: says hello, and hands each connection to where it belongs.
 
 use crate::control::{NodeReply, NodeRequest, STATUS_ERROR, STATUS_OK, read_frame, write_frame};
+use crate::incompatible::End;
 use crate::liveness::unreachable_of;
 use crate::node::Node;
 use crate::tasks::look_at_refusing;
 use crate::wire::{
-    ControlType, HELLO_LEN, HELLO_TIMEOUT, Hello, Kind, MAX_ADMIN, PROTOCOL_VERSION, Verdict,
+    ControlType, HELLO_LEN, HELLO_TIMEOUT, Hello, Kind, MAX_ADMIN, PROTOCOL, Verdict,
 };
 use crate::{admin, membership};
+use sheepdog_cluster::command::Refusal;
 use sheepdog_log::ClusterLog;
 use sheepdog_types::{ClusterId, NodeId};
 use std::io;
@@ -72,7 +74,13 @@ async fn greet(
     tokio::time::timeout(HELLO_TIMEOUT, stream.read_exact(&mut bytes)).await??;
     let hello = Hello::decode(&bytes).map_err(io::Error::other)?;
     let ours: ClusterId = node.identity().cluster.parse().map_err(io::Error::other)?;
-    let verdict = if hello.version != PROTOCOL_VERSION {
+    let verdict = if PROTOCOL.common(hello.versions).is_none() {
+        let is_member = node.cluster.view().nodes.contains_key(&hello.node);
+        let end = match stream.peer_addr() {
+            Ok(from) if !is_member => End::Address(from.ip().to_string()),
+            _ => End::Node(hello.node),
+        };
+        node.incompatible.note(end, hello.versions);
         Verdict::WrongVersion
     } else if hello.cluster != ClusterId(0) && hello.cluster != ours {
         Verdict::WrongCluster
@@ -85,6 +93,7 @@ async fn greet(
     if verdict != Verdict::Welcome {
         return Ok(());
     }
+    node.incompatible.forget(hello.node);
     match hello.kind() {
         Some(Kind::Control) => serve_control(node, stream).await,
         // A member that this node has not heard of yet tries again.
@@ -139,9 +148,10 @@ async fn handle_node(node: &Arc<Node>, request: NodeRequest) -> Result<NodeReply
         NodeRequest::WhoAreYou => {
             let cluster = node.identity().cluster.parse().map_err(|_| "damaged cluster id")?;
             let release = env!("CARGO_PKG_VERSION").to_owned();
-            Ok(NodeReply::IAm { cluster, node: node.cluster.node, release })
+            let version = node.cluster.state().version;
+            Ok(NodeReply::IAm { cluster, node: node.cluster.node, release, version })
         }
-        NodeRequest::Join { node: id, address } => join(node, id, address).await,
+        NodeRequest::Join { node: id, address, version } => join(node, id, address, version).await,
         NodeRequest::Renew { node: id, incarnation, unreachable } => {
             Ok(node.leader.renew(node, id, incarnation, unreachable))
         }
@@ -171,12 +181,26 @@ async fn handle_node(node: &Arc<Node>, request: NodeRequest) -> Result<NodeReply
         NodeRequest::Disks => Ok(NodeReply::Disks(admin::local_disks(node))),
         NodeRequest::Removed { node: id } => Ok(membership::is_removed(node, id)),
         NodeRequest::Recovery => Ok(NodeReply::Recovery(admin::local_recovery(node))),
+        NodeRequest::Release { volume, writer } => {
+            let clients = admin::release(node, volume, writer).await?;
+            Ok(NodeReply::Released { clients })
+        }
     }
 }
 
-async fn join(node: &Arc<Node>, id: NodeId, address: String) -> Result<NodeReply, String> {
+async fn join(
+    node: &Arc<Node>,
+    id: NodeId,
+    address: String,
+    version: u8,
+) -> Result<NodeReply, String> {
     if id == NodeId(0) || address.parse::<std::net::SocketAddr>().is_err() {
         return Err("a join without a node id and an address".into());
+    }
+    // Before it gets entries that it does not understand.
+    let agreed = node.cluster.state().version;
+    if version < agreed {
+        return Err(Refusal::TooOld { node: id, version, agreed }.to_string());
     }
     node.log.add_member(id.0, address).await.map_err(|e| e.to_string())?;
     Ok(NodeReply::Done)

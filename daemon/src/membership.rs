@@ -333,7 +333,7 @@ pub fn local_state(node: &Node, id: DiskId, agreed: Option<DiskState>) -> DiskSt
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sheepdog_cluster::command::{NodeInfo, Outcome};
+    use sheepdog_cluster::command::{LOG_VERSION, NodeInfo, Outcome};
     use sheepdog_types::ClusterId;
 
     fn cluster() -> ClusterState {
@@ -352,6 +352,7 @@ mod tests {
             address: format!("127.0.0.1:{id}"),
             zone: id.to_string(),
             disks: vec![DiskInfo { id: DiskId(100 + id), weight: 1 }],
+            version: LOG_VERSION,
         };
         state.apply(Command::Enter { node, at: 0 }).unwrap();
     }

@@ -4,6 +4,7 @@ use crate::cluster::{Cluster, boot_time, lock};
 use crate::control::{ControlClient, LogTransport, NodeReply, NodeRequest};
 use crate::dir::{DirError, DiskEntry, FORMAT, Identity, NodeDir};
 use crate::exports::ExportTable;
+use crate::incompatible::Incompatible;
 use crate::leader::Leader;
 use crate::listener;
 use crate::peers::Peers;
@@ -12,7 +13,7 @@ use crate::replica::{Disk, Replica};
 use crate::scrub::Scrubber;
 use crate::serve::Served;
 use sheepdog_cluster::command::{
-    Answer, Command, DiskInfo, NodeInfo, decode_answer, encode_command,
+    Answer, Command, DiskInfo, LOG_VERSION, NodeInfo, decode_answer, encode_command,
 };
 use sheepdog_log::{ClusterLog, Options as LogOptions, ProposeError, RaftLog};
 pub use sheepdog_store::{Cache, IoBackend};
@@ -22,7 +23,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 
@@ -32,6 +33,8 @@ const HEARTBEAT: Duration = Duration::from_millis(100);
 const REFUSALS: usize = 1024;
 /// How long a clean stop tries to tell the cluster.
 const FAREWELL: Duration = Duration::from_secs(3);
+/// How long a node is asked for its cluster that listens but says nothing: it may have been started a moment ago.
+const JOIN_PATIENCE: Duration = Duration::from_secs(10);
 /// Pause between tries to enter the cluster.
 const RETRY: Duration = Duration::from_millis(200);
 /// How long a proposal is tried again before its caller hears of it.
@@ -87,6 +90,8 @@ pub struct Node {
     pub peers: Arc<Peers>,
     /// Connections from other nodes to its disks.
     pub served: Served,
+    /// Who speaks no protocol version of this node.
+    pub incompatible: Arc<Incompatible>,
     /// Requests to other nodes.
     pub client: Arc<ControlClient>,
     /// What it serves.
@@ -101,7 +106,7 @@ pub struct Node {
     pub unopened: Mutex<BTreeMap<DiskId, String>>,
     /// Held while a disk is added or removed.
     pub disk_changes: tokio::sync::Mutex<()>,
-    /// Why it has to stop: it is no member any more.
+    /// Why it has to stop: it is no member any more, or its release is too old.
     pub expelled: watch::Sender<Option<String>>,
     /// Why it has not entered yet.
     pub(crate) obstacle: Mutex<String>,
@@ -157,10 +162,16 @@ pub async fn start(config: Config) -> Result<Arc<Node>, StartError> {
     let store_options = config.store_options();
     let (disks, unopened) = open_disks(&identity, cluster_id, id, &store_options)?;
     let replica = Replica::new(Arc::clone(&cluster), disks)?;
-    let peers = Peers::new(Arc::clone(&cluster), cluster_id, on_refused(refused.clone()));
+    let incompatible: Arc<Incompatible> = Arc::default();
+    let peers = Peers::new(
+        Arc::clone(&cluster),
+        cluster_id,
+        on_refused(refused.clone()),
+        Arc::clone(&incompatible),
+    );
     replica.set_peers(&peers);
-    let transport =
-        Arc::new(LogTransport::new(ControlClient::new(cluster_id, id), on_refused(refused)));
+    let client = || ControlClient::new(cluster_id, id).telling(&incompatible);
+    let transport = Arc::new(LogTransport::new(client(), on_refused(refused)));
     let log = open_log(&dir, &identity, id, &cluster, transport, is_new).await?;
     // Last: a start that failed before it leaves a directory that counts as empty.
     dir.save_identity(&identity)?;
@@ -172,7 +183,7 @@ pub async fn start(config: Config) -> Result<Arc<Node>, StartError> {
         config.insecure,
     )?);
     let (stopping, _) = watch::channel(false);
-    let client = Arc::new(ControlClient::new(cluster_id, id));
+    let client = Arc::new(client());
     let leader = Leader::default();
     let recoveries = Recoveries::new(Arc::clone(&cluster.clients));
     let scrubber = |disk: Arc<Disk>| (disk.id, Arc::new(Scrubber::new(disk)));
@@ -186,6 +197,7 @@ pub async fn start(config: Config) -> Result<Arc<Node>, StartError> {
         replica,
         peers,
         served: Served::default(),
+        incompatible,
         client,
         exports,
         leader,
@@ -331,10 +343,10 @@ fn clear_leftovers(dir: &NodeDir) -> Result<(), StartError> {
             return Err(format!("{}: {error}; nothing was changed", disk.display()).into());
         }
     }
-    for leftover in [disk, dir.path().join("cluster")] {
-        if leftover.exists() {
-            std::fs::remove_dir_all(&leftover)?;
-        }
+    Store::remove(&disk)?;
+    let log = dir.path().join("cluster");
+    if log.exists() {
+        std::fs::remove_dir_all(&log)?;
     }
     Ok(())
 }
@@ -359,19 +371,34 @@ fn check_address(address: SocketAddr, insecure: bool) -> Result<(), StartError> 
 
 async fn ask_for_cluster(join: &[SocketAddr]) -> Result<ClusterId, StartError> {
     let client = ControlClient::new(ClusterId(0), NodeId(0));
-    let mut problems = Vec::new();
-    for target in join {
-        match client.ask(&target.to_string(), &NodeRequest::WhoAreYou).await {
-            Ok(NodeReply::IAm { cluster, .. }) => return Ok(cluster),
-            Ok(_) => problems.push(format!("{target}: an answer that makes no sense")),
-            Err(error) => problems.push(format!("{target}: {error}")),
+    let begin = Instant::now();
+    loop {
+        let (mut problems, mut slow) = (Vec::new(), false);
+        for target in join {
+            match client.ask(&target.to_string(), &NodeRequest::WhoAreYou).await {
+                Ok(NodeReply::IAm { version, .. }) if version > LOG_VERSION => {
+                    problems.push(format!(
+                        "{target}: the cluster is at version {version}, this release understands \
+                         versions up to {LOG_VERSION}: use a newer one (docs/upgrade.md)"
+                    ));
+                }
+                Ok(NodeReply::IAm { cluster, .. }) => return Ok(cluster),
+                Ok(_) => problems.push(format!("{target}: an answer that makes no sense")),
+                Err(error) => {
+                    slow |= error.is_timeout();
+                    problems.push(format!("{target}: {error}"));
+                }
+            }
         }
+        let problems = problems.join("; ");
+        if !slow || begin.elapsed() > JOIN_PATIENCE {
+            return Err(format!(
+                "cannot join the cluster; nothing was created. {problems}. Check --join and that sheep runs there"
+            )
+            .into());
+        }
+        tracing::info!(problems, "no answer yet, asking again");
     }
-    Err(format!(
-        "cannot join the cluster; nothing was created. {}. Check --join and that sheep runs there",
-        problems.join("; ")
-    )
-    .into())
 }
 
 fn open_disks(
@@ -384,7 +411,7 @@ fn open_disks(
     for entry in &identity.disks {
         let id: DiskId = entry.id.parse()?;
         match open_store(entry, StoreIds { cluster, node, disk: id }, options) {
-            Ok(store) => disks.push(Disk { id, path: entry.path.clone(), store }),
+            Ok(store) => disks.push(Disk::new(id, entry.path.clone(), store)),
             Err(error) => _ = failed.insert(id, error.to_string()),
         }
     }
@@ -405,7 +432,8 @@ fn open_store(
     expected: StoreIds,
     options: &StoreOptions,
 ) -> Result<Store, StartError> {
-    let store = Store::open(&entry.path, options.clone())?;
+    let store = Store::open(&entry.path, options.clone())
+        .map_err(|error| format!("disk {}: {error}", entry.path.display()))?;
     if store.ids() != expected {
         return Err(format!(
             "the store in {} belongs to {:?}, this node expects {expected:?}",
@@ -507,6 +535,7 @@ impl Node {
             address: identity.address.clone(),
             zone: identity.zone.clone(),
             disks: disks.collect(),
+            version: LOG_VERSION,
         }
     }
 
@@ -550,7 +579,8 @@ impl Node {
         self.replica.remove(id)
     }
 
-    /// Stops cleanly: finishes what is in progress, gives attachments back, tells the cluster.
+    /// Stops cleanly: finishes what is in progress, gives attachments back, tells the cluster, and hands
+    /// its log over if this node leads it.
     pub async fn stop(self: &Arc<Self>) {
         tracing::info!("stopping");
         self.stopping.send_replace(true);
@@ -561,9 +591,9 @@ impl Node {
         };
         let attached = tokio::task::spawn_blocking(stop_all).await.unwrap_or_default();
         let farewell = async {
-            for (volume, writer) in attached {
-                let detach = Command::Detach { volume, writer };
-                let _ = self.log.propose(encode_command(&detach)).await; // the lease covers a miss
+            for attachment in attached {
+                // The lease covers a miss.
+                let _ = self.log.propose(encode_command(&attachment.command())).await;
             }
             let down = Command::Down {
                 node: self.cluster.node,
@@ -572,6 +602,7 @@ impl Node {
                 at: now(),
             };
             let _ = self.log.propose(encode_command(&down)).await;
+            self.log.hand_over().await;
         };
         let is_member = self.expelled.borrow().is_none();
         if is_member && tokio::time::timeout(FAREWELL, farewell).await.is_err() {
@@ -613,7 +644,7 @@ impl Node {
             })?
         };
         if let NodeReply::Granted(age) = reply {
-            self.cluster.lease.renew(asked_at.saturating_sub(age.saturating_mul(1_000_000)));
+            self.cluster.renew_lease(asked_at.saturating_sub(age.saturating_mul(1_000_000)));
         }
         Ok(reply)
     }

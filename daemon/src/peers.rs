@@ -2,6 +2,7 @@
 
 use crate::cluster::{Cluster, lock};
 use crate::duplex::Duplex;
+use crate::incompatible::Incompatible;
 use crate::liveness::Reach;
 use crate::replica::Answer;
 use crate::wire::{HELLO_LEN, HELLO_TIMEOUT, Hello, HelloError, Kind};
@@ -45,6 +46,7 @@ pub struct Peers {
     links: Mutex<HashMap<NodeId, Arc<Link>>>,
     callers: Arc<Mutex<Vec<Weak<dyn Caller>>>>,
     on_refused: Arc<OnRefused>,
+    incompatible: Arc<Incompatible>,
     /// Which nodes cannot be reached.
     pub reach: Arc<Reach>,
 }
@@ -52,13 +54,19 @@ pub struct Peers {
 impl Peers {
     /// No connections yet.
     #[must_use]
-    pub fn new(cluster: Arc<Cluster>, id: ClusterId, on_refused: OnRefused) -> Arc<Self> {
+    pub fn new(
+        cluster: Arc<Cluster>,
+        id: ClusterId,
+        on_refused: OnRefused,
+        incompatible: Arc<Incompatible>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             cluster,
             id,
             links: Mutex::default(),
             callers: Arc::default(),
             on_refused: Arc::new(on_refused),
+            incompatible,
             reach: Arc::default(),
         })
     }
@@ -81,6 +89,7 @@ impl Peers {
                 id: self.id,
                 callers: Arc::clone(&self.callers),
                 on_refused: Arc::clone(&self.on_refused),
+                incompatible: Arc::clone(&self.incompatible),
             };
             let name = format!("link-{:04x}", node.0 >> 48);
             if let Err(error) = thread::Builder::new().name(name).spawn(move || worker.run()) {
@@ -260,6 +269,7 @@ struct LinkWorker {
     id: ClusterId,
     callers: Arc<Mutex<Vec<Weak<dyn Caller>>>>,
     on_refused: Arc<OnRefused>,
+    incompatible: Arc<Incompatible>,
 }
 
 impl LinkWorker {
@@ -321,6 +331,12 @@ impl LinkWorker {
                 return Err(error.into());
             }
         };
+        let greeted = self.greet(&mut stream);
+        self.incompatible.observe(&address.to_string(), &greeted);
+        greeted.map(|()| stream)
+    }
+
+    fn greet(&self, stream: &mut TcpStream) -> Result<(), HelloError> {
         stream.set_read_timeout(Some(HELLO_TIMEOUT))?;
         stream.set_write_timeout(Some(HELLO_TIMEOUT))?;
         stream.write_all(&Hello::new(Kind::Data, self.id, self.cluster.node).encode())?;
@@ -331,7 +347,7 @@ impl LinkWorker {
         if answer.node != self.link.node {
             return Err(io::Error::other("another node has this address by now").into());
         }
-        Ok(stream)
+        Ok(())
     }
 
     fn serve(&self, stream: TcpStream) {

@@ -11,7 +11,7 @@ use sheepdog_cluster::command::Command;
 use sheepdog_cluster::message::{Call, Failure, Reply};
 use sheepdog_cluster::recovery::{Action, Effect, Local, Progress, Recovery, Stage};
 use sheepdog_cluster::view::View;
-use sheepdog_types::{BLOCK_SIZE, DiskId, Epoch, LayerKey, SlotId, Version};
+use sheepdog_types::{BLOCK_SIZE, DiskId, Epoch, LayerKey, OBJECT_SIZE, SlotId, Version};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
@@ -91,11 +91,21 @@ impl Meter {
         }
     }
 
-    fn note(&mut self, moved: Moved, now: Instant) {
+    /// Begins a step, unless it has to wait so long; [`Meter::end`] has to follow. What it may move counts from now
+    /// on, so that steps side by side do not all begin on what is left for one.
+    fn begin(&mut self, bandwidth: u64, now: Instant) -> Option<Duration> {
+        let wait = self.wait(bandwidth, now);
+        if wait.is_zero() {
+            self.ahead.0 += OBJECT_SIZE as f64;
+        }
+        (!wait.is_zero()).then_some(wait)
+    }
+
+    fn end(&mut self, moved: Moved, now: Instant) {
         self.moved += moved;
         self.recent.push_back((now, moved.bytes));
         self.forget_old(now);
-        self.ahead.0 += moved.bytes as f64;
+        self.ahead.0 = (self.ahead.0 + moved.bytes as f64 - OBJECT_SIZE as f64).max(0.0);
     }
 
     /// How long the next step has to wait at `bandwidth` bytes per second, 0 for any. An operator may change that
@@ -237,6 +247,7 @@ async fn drive(node: Arc<Node>, entry: Arc<Entry>) {
                 tend(&node, &entry).await;
                 tend_at = tokio::time::Instant::now() + TEND;
             }
+            () = entry.disk.refused.notified() => mind_space(&node, &entry, true).await,
             () = sleep_until(check_at) => {
                 lock(&entry.machine).check();
                 check_at = tokio::time::Instant::now() + CHECK;
@@ -321,24 +332,21 @@ async fn step(
 ) -> Result<(), Failure> {
     loop {
         let bandwidth = node.cluster.view().settings.recovery_max_bandwidth;
-        let limit = lock(&entry.meter).wait(bandwidth, Instant::now());
-        if !limit.is_zero() {
-            sleep(limit.min(LIMIT_AGAIN)).await;
-            continue;
-        }
-        match node.recoveries.pacer.begin(Instant::now()) {
-            Some(pause) => sleep(pause).await,
-            None => break,
-        }
+        let limit = lock(&entry.meter).begin(bandwidth, Instant::now());
+        let Some(limit) = limit else { break };
+        sleep(limit.min(LIMIT_AGAIN)).await;
+    }
+    while let Some(pause) = node.recoveries.pacer.begin(Instant::now()) {
+        sleep(pause).await;
     }
     let (worker, disk, epoch) = (Arc::clone(node), Arc::clone(&entry.disk), view.epoch);
     let began = Instant::now();
     let outcome = tokio::task::spawn_blocking(move || act(&worker, &disk, epoch, action)).await;
     let ended = Instant::now();
     node.recoveries.pacer.end(ended, ended - began);
-    let moved = outcome.unwrap_or(Err(Failure::Disk))?;
-    lock(&entry.meter).note(moved, ended);
-    Ok(())
+    let outcome = outcome.unwrap_or(Err(Failure::Disk));
+    lock(&entry.meter).end(outcome.unwrap_or_default(), ended);
+    outcome.map(drop)
 }
 
 fn act(node: &Node, disk: &Disk, epoch: Epoch, action: Action) -> Result<Moved, Failure> {
@@ -394,12 +402,10 @@ async fn finish(
 
 /// What needs a look now and then.
 async fn tend(node: &Arc<Node>, entry: &Arc<Entry>) {
+    mind_space(node, entry, false).await;
     let view = node.cluster.view();
     if !node.cluster.may_serve(&view) || entry.disk.store.failure().is_some() {
         return;
-    }
-    if let Err(problem) = mind_space(node, entry, &view).await {
-        tracing::info!(disk = %entry.disk.id, problem, "cannot tell the cluster of a full disk");
     }
     if view.is_up(entry.disk.id) && !entry.disk.store.damage().blocks.is_empty() {
         let (worker, disk) = (Arc::clone(node), Arc::clone(&entry.disk));
@@ -410,8 +416,12 @@ async fn tend(node: &Arc<Node>, entry: &Arc<Entry>) {
 
 /// A disk without room for what moves to it says so, and the move waits. One that lacks even what it
 /// has to hold now would keep its objects waiting for ever: it leaves service. Both end when there is
-/// room.
-async fn mind_space(node: &Arc<Node>, entry: &Arc<Entry>, view: &View) -> Result<(), String> {
+/// room. `refused` says that a change just found none: guests may wait for what follows.
+async fn mind_space(node: &Arc<Node>, entry: &Arc<Entry>, refused: bool) {
+    let view = node.cluster.view();
+    if !node.cluster.may_serve(&view) || entry.disk.store.failure().is_some() {
+        return;
+    }
     let id = entry.disk.id;
     let incarnation = node.cluster.incarnation();
     let lacks = {
@@ -422,16 +432,17 @@ async fn mind_space(node: &Arc<Node>, entry: &Arc<Entry>, view: &View) -> Result
     let usage = entry.disk.store.usage();
     let free = usage.capacity.saturating_sub(usage.used);
     let has_room = free >= LEAST_ROOM.max(usage.capacity / ROOM);
+    let to_come = view.is_to_come(id);
     let full = |full| Command::DiskFull { disk: id, incarnation, full, at: now() };
     let command = match view.disks.get(&id) {
         Some(disk) if !disk.up => {
             if has_room && std::mem::take(&mut lock(&entry.meter).full) {
                 tracing::info!(disk = %id, "the disk has room again and goes back into service");
             }
-            return Ok(()); // `membership` brings back what is down without a reason
+            return; // `membership` brings back what is down without a reason
         }
         Some(disk) if disk.full && has_room => full(false),
-        Some(disk) if lacks && !disk.full && view.is_to_come(id) => {
+        Some(disk) if (lacks || refused) && !disk.full && to_come => {
             tracing::error!(disk = %id, "the disk has no room for what moves to it");
             full(true)
         }
@@ -443,11 +454,13 @@ async fn mind_space(node: &Arc<Node>, entry: &Arc<Entry>, view: &View) -> Result
         }
         _ => {
             lock(&entry.meter).full = false;
-            return Ok(());
+            return;
         }
     };
-    let answer = node.propose(&command).await?;
-    answer.map(drop).map_err(|refusal| refusal.to_string())
+    let answer = node.propose(&command).await;
+    if let Err(problem) = answer.and_then(|answer| answer.map_err(|refusal| refusal.to_string())) {
+        tracing::info!(disk = %id, problem, "cannot tell the cluster of a full disk");
+    }
 }
 
 /// Repairs what is known to be damaged on a disk from replicas that lack nothing. Objects in use are
@@ -493,7 +506,8 @@ mod tests {
         let begin = meter.ahead.1;
         let at = |seconds| begin + Duration::from_secs(seconds);
         assert_eq!(meter.wait(1000, at(0)), Duration::ZERO);
-        meter.note(Moved { bytes: 100_000, ..Moved::default() }, at(0));
+        assert_eq!(meter.begin(1000, at(0)), None);
+        meter.end(Moved { bytes: 100_000, ..Moved::default() }, at(0));
         assert_eq!(meter.wait(1000, at(0)), Duration::from_secs(100));
         assert_eq!(meter.wait(1000, at(40)), Duration::from_secs(60));
         assert_eq!(meter.wait(10_000, at(40)), Duration::from_secs(6));
@@ -501,7 +515,28 @@ mod tests {
         assert_eq!(meter.wait(0, at(43)), Duration::ZERO);
         // Time without steps is not saved up.
         assert_eq!(meter.wait(1000, at(500)), Duration::ZERO);
-        meter.note(Moved { bytes: 1000, ..Moved::default() }, at(500));
+        assert_eq!(meter.begin(1000, at(500)), None);
+        meter.end(Moved { bytes: 1000, ..Moved::default() }, at(500));
         assert_eq!(meter.wait(1000, at(500)), Duration::from_secs(1));
+    }
+
+    #[test]
+    fn steps_side_by_side_share_the_bandwidth() {
+        const MOST: u64 = OBJECT_SIZE;
+        let mut meter = Meter::new();
+        let begin = meter.ahead.1;
+        let at = |millis| begin + Duration::from_millis(millis);
+        assert_eq!(meter.begin(MOST, at(0)), None);
+        assert_eq!(meter.begin(MOST, at(0)), Some(Duration::from_secs(1)));
+        // The first moved less than it might have.
+        meter.end(Moved { bytes: MOST / 4, ..Moved::default() }, at(0));
+        assert_eq!(meter.begin(MOST, at(0)), Some(Duration::from_millis(250)));
+        assert_eq!(meter.begin(MOST, at(250)), None);
+        // The second failed.
+        assert_eq!(meter.begin(MOST, at(250)), Some(Duration::from_secs(1)));
+        meter.end(Moved::default(), at(250));
+        assert_eq!(meter.begin(MOST, at(250)), None);
+        // Without a limit they do not wait for each other.
+        assert_eq!((meter.begin(0, at(250)), meter.begin(0, at(250))), (None, None));
     }
 }

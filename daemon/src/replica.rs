@@ -10,8 +10,9 @@ use sheepdog_store::{BlocksRead, Payload, ReadError, Store, WriteError};
 use sheepdog_types::{BLOCK_SIZE, DiskId, LayerKey, Version, WriterGen};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, Weak};
 use std::time::Instant;
+use tokio::sync::Notify;
 
 mod copies;
 mod give;
@@ -31,6 +32,37 @@ pub struct Disk {
     pub path: PathBuf,
     /// Its store.
     pub store: Store,
+    /// Notified when a change was refused for want of space.
+    pub refused: Notify,
+    /// Held shared by each write from before it is admitted until it is done. A write may wait in the store
+    /// for the checkpoint, for seconds: a fence waits for those admitted before it (I4).
+    writing: RwLock<()>,
+}
+
+impl Disk {
+    /// A disk of this node.
+    #[must_use]
+    pub fn new(id: DiskId, path: PathBuf, store: Store) -> Self {
+        Self { id, path, store, refused: Notify::new(), writing: RwLock::default() }
+    }
+
+    fn write_failure(&self, error: &WriteError) -> Failure {
+        match error {
+            WriteError::Behind { have } => Failure::Behind { have: *have },
+            WriteError::Checksum { block } => Failure::Checksum { block: *block },
+            WriteError::NoSpace => {
+                self.refused.notify_one();
+                Failure::NoSpace
+            }
+            WriteError::Failed(_)
+            | WriteError::Invalid(_)
+            | WriteError::Frozen { .. }
+            | WriteError::Damaged { .. } => {
+                tracing::error!(disk = %self.id, %error, "a write failed");
+                Failure::Disk
+            }
+        }
+    }
 }
 
 /// The answer to a call, with the blocks it carries.
@@ -143,12 +175,15 @@ impl Replica {
         data: &[u8],
         later: impl FnOnce() -> Later,
     ) -> Option<Answer> {
+        let disk = self.disk(call.disk);
+        let is_write = matches!(call.request, Request::Write { .. });
+        let _writing = disk.as_ref().filter(|_| is_write).map(|disk| shared(&disk.writing));
         let view = self.cluster.view();
         let may_serve = self.cluster.may_serve(&view);
         if let Err(reject) = admit(&view, self.cluster.node, may_serve, call) {
             return Some(reject.into());
         }
-        let Some(disk) = &self.disk(call.disk) else {
+        let Some(disk) = &disk else {
             return Some(Reject::NotMember.into());
         };
         match &call.request {
@@ -165,7 +200,6 @@ impl Replica {
                 let version = disk.store.stat(*key).map_or(Version::NONE, |s| s.version);
                 Some(Reply::Version { version }.into())
             }
-            Request::Fence { .. } => Some(Reply::Done.into()), // admitted: the log knows this writer
             Request::Flush => {
                 let later = later();
                 disk.store.flush(Box::new(move |result| match result {
@@ -193,6 +227,7 @@ impl Replica {
             Request::Fetch { .. }
             | Request::Sums { .. }
             | Request::FetchBlocks { .. }
+            | Request::Fence { .. }
             | Request::Digests { .. }
             | Request::List { .. } => self.hand_over(&self.serving, call, 0, later()),
         }
@@ -234,6 +269,11 @@ impl Replica {
                     Err(failure) => failure.into(),
                 }
             }
+            Request::Fence { .. } => {
+                // It was admitted, so the log knows this writer: no older one is admitted any more.
+                drop(disk.writing.write().unwrap_or_else(PoisonError::into_inner));
+                Reply::Done.into()
+            }
             Request::Digests { policy, slots } => {
                 give::digests(disk, &self.cluster.view(), *policy, slots)
             }
@@ -244,6 +284,10 @@ impl Replica {
             request => give::layer(disk, request),
         }
     }
+}
+
+fn shared(lock: &RwLock<()>) -> RwLockReadGuard<'_, ()> {
+    lock.read().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[allow(clippy::too_many_arguments, reason = "the fields of one call, on the hot path")]
@@ -261,25 +305,11 @@ fn write(
         Body::Data { .. } => Payload::Data { bytes: data, crcs },
         // The base layer of a volume without a parent: nothing older to hide.
         Body::Zero { count, release } => Payload::Zero { count, absent: release, release },
+        Body::Nothing => Payload::Nothing,
     };
     match disk.store.write(key, prev, version, first, payload) {
         Ok(_) => Reply::Done.into(),
-        Err(error) => write_failure(&error).into(),
-    }
-}
-
-fn write_failure(error: &WriteError) -> Failure {
-    match error {
-        WriteError::Behind { have } => Failure::Behind { have: *have },
-        WriteError::Checksum { block } => Failure::Checksum { block: *block },
-        WriteError::NoSpace => Failure::NoSpace,
-        WriteError::Failed(_)
-        | WriteError::Invalid(_)
-        | WriteError::Frozen { .. }
-        | WriteError::Damaged { .. } => {
-            tracing::error!(%error, "a write failed");
-            Failure::Disk
-        }
+        Err(error) => disk.write_failure(&error).into(),
     }
 }
 

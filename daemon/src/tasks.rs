@@ -4,7 +4,10 @@ use crate::cluster::LEASE;
 use crate::control::{NodeReply, NodeRequest};
 use crate::liveness::{self, survey};
 use crate::node::{Node, StartError};
+use crate::seat::Seat;
 use crate::{admin, membership, recovery};
+use sheepdog_cluster::command::Command;
+use sheepdog_cluster::state::Volume;
 use sheepdog_log::ClusterLog;
 use sheepdog_types::{NodeId, VolumeId};
 use std::collections::BTreeSet;
@@ -19,7 +22,13 @@ const TEND_EVERY: Duration = Duration::from_millis(200);
 const TICK_EVERY: Duration = Duration::from_millis(20);
 /// How long a probe of a suspected node waits.
 const PROBE: Duration = Duration::from_millis(500);
+/// How often a gateway is asked whether it is done with what an earlier one left.
+const SETTLED_EVERY: Duration = Duration::from_millis(200);
 const EXPORT_RETRY: Duration = Duration::from_millis(500);
+/// Pause after a volume could not be taken over.
+const TAKE_OVER_RETRY: Duration = Duration::from_millis(200);
+/// How often is looked whether the clients of a volume that was handed over have left.
+const LEFT_EVERY: Duration = Duration::from_millis(200);
 
 /// Starts everything.
 ///
@@ -33,9 +42,13 @@ pub fn spawn_all(node: &Arc<Node>, refusals: mpsc::Receiver<NodeId>) -> Result<(
     until_stop(node, tick);
     until_stop(node, follow_views);
     until_stop(node, resume_exports);
+    until_stop(node, tell_settled);
+    until_stop(node, take_over);
+    until_stop(node, end_handovers);
     until_stop(node, recovery::run);
     until_stop(node, membership::lead);
     until_stop(node, membership::tend);
+    until_stop(node, stop_when_outdated);
     until_stop(node, |node| report_refusals(node, refusals));
     Ok(())
 }
@@ -89,6 +102,17 @@ async fn keep_lease(node: Arc<Node>) {
     }
 }
 
+/// A release that cannot follow the log must not serve.
+async fn stop_when_outdated(node: Arc<Node>) {
+    let mut outdated = node.cluster.outdated.subscribe();
+    if let Ok(why) = outdated.wait_for(Option::is_some).await {
+        node.cluster.lease.drop_now();
+        let why = why.as_deref().unwrap_or_default();
+        let reason = format!("an entry of the cluster log is not understood: {why}");
+        node.expelled.send_replace(Some(reason));
+    }
+}
+
 async fn tend(node: Arc<Node>) {
     let mut ticks = interval(TEND_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -127,8 +151,8 @@ async fn follow_views(node: Arc<Node>) {
             tracing::info!(epoch = %view.epoch, cause, "new epoch");
             last_epoch = view.epoch;
         }
-        for device in node.exports.devices() {
-            device.handle_view();
+        for seat in node.exports.seats() {
+            seat.handle_view();
         }
         let mut gone = Vec::new();
         if node.cluster.has_entered(&view) {
@@ -171,9 +195,22 @@ fn purge(replica: &crate::replica::Replica, volumes: &[VolumeId]) {
 /// Attaches the volumes of remembered exports again and serves them.
 async fn resume_exports(node: Arc<Node>) {
     let mut reported = BTreeSet::new();
-    loop {
+    let mut changes = node.cluster.changes();
+    while !node.exports.pending().is_empty() {
+        while !node.cluster.has_entered(&node.cluster.view()) {
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
         for volume in node.exports.pending() {
-            match admin::attach(&node, &volume).await {
+            let outcome = match stands_by(&node, &volume) {
+                Some(volume) => {
+                    node.exports.stand_by(&volume);
+                    Ok(())
+                }
+                None => admin::attach(&node, &volume).await,
+            };
+            match outcome {
                 Ok(()) => {
                     node.exports.resume(&volume);
                 }
@@ -185,10 +222,115 @@ async fn resume_exports(node: Arc<Node>) {
                 }
             }
         }
-        if node.exports.pending().is_empty() {
-            return;
+        if !node.exports.pending().is_empty() {
+            sleep(EXPORT_RETRY).await;
         }
-        sleep(EXPORT_RETRY).await;
+    }
+}
+
+/// The volume, if this node only stands by for it: it is being handed over, and the other node has it, or is
+/// to have it.
+fn stands_by(node: &Node, name: &str) -> Option<Arc<Volume>> {
+    let volume = node.cluster.state().volume_named(name).cloned()?;
+    let (handover, me) = (volume.handover?, node.cluster.node);
+    let holder = volume.attachment.as_ref().map(|a| a.gateway);
+    let other = holder.map_or(handover.to == me, |holder| holder != me);
+    (other && handover.involves(me)).then_some(volume)
+}
+
+/// Attaches volumes that clients of this node need.
+async fn take_over(node: Arc<Node>) {
+    let mut running = JoinSet::new();
+    loop {
+        for seat in node.exports.seats() {
+            if let Some(pause) = seat.begin_attach() {
+                let node = Arc::clone(&node);
+                running.spawn(async move {
+                    sleep(pause).await;
+                    take_over_for(&node, &seat).await;
+                    seat.attach_ended();
+                });
+            }
+        }
+        while running.try_join_next().is_some() {}
+        node.cluster.takeovers.notified().await;
+    }
+}
+
+async fn take_over_for(node: &Arc<Node>, seat: &Seat) {
+    let Some(seen) = seat.wanted() else { return };
+    let volume = seat.name();
+    tracing::info!(volume, "taking the volume over: a client needs it here");
+    if let Err(problem) = admin::take_over(node, seat, seen).await {
+        tracing::warn!(volume, problem, "not taken over");
+        sleep(TAKE_OVER_RETRY).await;
+    }
+}
+
+/// Ends the hand-over of a volume that this node has handed over, when its last client has left: the VM runs
+/// on the other node. A new client here must not take the volume from it.
+async fn end_handovers(node: Arc<Node>) {
+    let mut changes = node.cluster.changes();
+    loop {
+        changes.borrow_and_update();
+        let view = node.cluster.view();
+        let me = node.cluster.node;
+        let handed_over = |v: &Volume| {
+            v.handover.is_some_and(|h| h.from == me)
+                && v.attachment.as_ref().is_some_and(|a| a.gateway != me)
+        };
+        if !view.volumes.values().any(|volume| handed_over(volume)) {
+            if changes.changed().await.is_err() {
+                return;
+            }
+            continue;
+        }
+        for seat in node.exports.seats() {
+            let (name, id) = (seat.name(), seat.volume());
+            let Some(volume) = view.volumes.get(&id).filter(|v| handed_over(v)) else { continue };
+            if !seat.was_used() || node.exports.clients_of(name) > 0 {
+                continue;
+            }
+            let close = Command::CloseHandover { volume: id, writer: Some(volume.writer) };
+            match node.propose(&close).await {
+                Ok(_) => {
+                    tracing::info!(volume = name, "handed over: its last client here has left")
+                }
+                Err(problem) => tracing::debug!(volume = name, problem, "the hand-over stays open"),
+            }
+        }
+        sleep(LEFT_EVERY).await;
+    }
+}
+
+/// Tells the cluster of volumes whose replicas are all equal again after a takeover.
+async fn tell_settled(node: Arc<Node>) {
+    let mut changes = node.cluster.changes();
+    loop {
+        changes.borrow_and_update();
+        let view = node.cluster.view();
+        let mine =
+            |v: &Volume| v.attachment.as_ref().is_some_and(|a| a.gateway == node.cluster.node);
+        let unsettled = |v: &Volume| v.unsettled && mine(v);
+        if !view.volumes.values().any(|volume| unsettled(volume)) {
+            if changes.changed().await.is_err() {
+                return;
+            }
+            continue;
+        }
+        for device in node.exports.devices() {
+            let (volume, writer) = device.attachment();
+            let is_one =
+                view.volumes.get(&volume).is_some_and(|v| unsettled(v) && v.writer == writer);
+            if !is_one || !device.is_settled() {
+                continue;
+            }
+            match node.propose(&Command::Settled { volume, writer }).await {
+                Ok(_) => tracing::info!(%volume, "all replicas are equal after the takeover"),
+                Err(problem) => tracing::debug!(%volume, problem, "cannot tell that it is settled"),
+            }
+        }
+        sleep(SETTLED_EVERY).await;
     }
 }
 

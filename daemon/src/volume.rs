@@ -1,4 +1,4 @@
-//! An attached volume: the device that front ends serve, driven by a sans-IO gateway.
+//! An attached volume: what carries out the requests of its clients, driven by a sans-IO gateway.
 //!
 //! Requests are worked on by the thread that brings them, answers by the thread that received
 //! them. Answers go into an inbox first; whoever holds the gateway empties it before and after it
@@ -7,9 +7,10 @@
 use crate::cluster::{Cluster, lock};
 use crate::peers::{Caller, Link, Peers};
 use crate::replica::{Answer, Later, Replica};
+use crate::seat::Seat;
 use sheepdog_cluster::gateway::{Config, Effect, Gateway, Phase, ReplyData};
 use sheepdog_cluster::message::{Blocks, Call, Request as CallRequest};
-use sheepdog_types::{Block, BlockInfo, Burst, Completion, NodeId, Request, Token};
+use sheepdog_types::{Burst, Completion, NodeId, Request, Token, VolumeId, WriterGen};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
@@ -29,6 +30,8 @@ struct Inner {
     /// Links with calls that were queued and not sent.
     unsent: Vec<Arc<Link>>,
     done: Vec<(Token, Completion)>,
+    /// Requests that the gateway returned: it is fenced.
+    returned: Vec<Request>,
     /// Requests that came while this node had no right to serve (I8): the gateway answers some
     /// reads from what it knows, which others may have changed by then. Bounded by the front ends.
     held: Vec<Request>,
@@ -40,13 +43,17 @@ struct Inner {
 /// An attached volume. See the [module](self).
 pub struct VolumeDevice {
     name: String,
-    size: u64,
+    /// Takes what a fenced gateway returns.
+    seat: Weak<Seat>,
+    attachment: (VolumeId, WriterGen),
     cluster: Arc<Cluster>,
     replica: Arc<Replica>,
     peers: Arc<Peers>,
     inner: Mutex<Inner>,
     inbox: Mutex<Vec<Event>>,
     wants_tick: AtomicBool,
+    /// It has answered a request.
+    useful: AtomicBool,
     /// Signalled when the last request is done or the gateway gets another phase.
     calm: Condvar,
     calm_lock: Mutex<()>,
@@ -63,32 +70,35 @@ impl VolumeDevice {
     /// The device of a volume that was attached with this configuration.
     #[must_use]
     pub fn new(
-        name: &str,
+        seat: &Arc<Seat>,
         config: Config,
         cluster: &Arc<Cluster>,
         replica: &Arc<Replica>,
         peers: &Arc<Peers>,
     ) -> Arc<Self> {
-        let size = config.size;
+        let attachment = (config.volume, config.writer);
         let gateway = Gateway::new(config, cluster.view());
         let inner = Inner {
             gateway,
             links: HashMap::new(),
             unsent: Vec::new(),
             done: Vec::new(),
+            returned: Vec::new(),
             held: Vec::new(),
             in_progress: 0,
             accounted: Instant::now(),
         };
         let device = Arc::new_cyclic(|this| Self {
-            name: name.into(),
-            size,
+            name: seat.name().into(),
+            seat: Arc::downgrade(seat),
+            attachment,
             cluster: Arc::clone(cluster),
             replica: Arc::clone(replica),
             peers: Arc::clone(peers),
             inner: Mutex::new(inner),
             inbox: Mutex::default(),
             wants_tick: AtomicBool::new(false),
+            useful: AtomicBool::new(false),
             calm: Condvar::new(),
             calm_lock: Mutex::default(),
             this: this.clone(),
@@ -110,6 +120,24 @@ impl VolumeDevice {
     #[must_use]
     pub fn phase(&self) -> Phase {
         lock(&self.inner).gateway.phase()
+    }
+
+    /// The volume and the generation of this attachment.
+    #[must_use]
+    pub fn attachment(&self) -> (VolumeId, WriterGen) {
+        self.attachment
+    }
+
+    /// Whether it has answered a request.
+    #[must_use]
+    pub fn was_useful(&self) -> bool {
+        self.useful.load(Ordering::Relaxed)
+    }
+
+    /// Whether all replicas are equal: see [`Gateway::is_settled`].
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        lock(&self.inner).gateway.is_settled()
     }
 
     /// The cluster has a new revision.
@@ -150,10 +178,19 @@ impl VolumeDevice {
         !result.timed_out()
     }
 
-    /// Fails every request from now on.
+    /// Returns every request to the seat from now on.
     pub fn fence_off(&self) {
         let mut inner = lock(&self.inner);
         inner.gateway.fence_off();
+        self.work(inner);
+        self.pump_events();
+    }
+
+    /// Takes all requests out of `batch`: see [`Block::submit`](sheepdog_types::Block::submit).
+    pub fn submit(&self, batch: &mut Vec<Request>) {
+        let mut inner = lock(&self.inner);
+        self.account(&mut inner, batch.len() as u64, 0);
+        inner.held.append(batch);
         self.work(inner);
         self.pump_events();
     }
@@ -197,8 +234,11 @@ impl VolumeDevice {
             || inner.gateway.phase() == Phase::Fenced;
         let done = std::mem::take(&mut inner.done);
         if !done.is_empty() {
+            self.useful.store(true, Ordering::Relaxed);
             self.account(&mut inner, 0, done.len() as u64);
         }
+        let returned = std::mem::take(&mut inner.returned);
+        inner.in_progress = inner.in_progress.saturating_sub(returned.len() as u64);
         let unsent = std::mem::take(&mut inner.unsent);
         drop(inner);
         for link in unsent {
@@ -214,6 +254,11 @@ impl VolumeDevice {
             }
         }
         drop(burst);
+        if !returned.is_empty()
+            && let Some(seat) = self.seat.upgrade()
+        {
+            seat.take_back(returned); // without a seat they fail, since their tokens are dropped
+        }
         if calm {
             drop(lock(&self.calm_lock));
             self.calm.notify_all();
@@ -273,6 +318,7 @@ impl VolumeDevice {
                     self.send(inner, node, id, &call, blocks.as_deref());
                 }
                 Effect::Complete { token, completion } => inner.done.push((token, completion)),
+                Effect::Return { op, token } => inner.returned.push(Request { op, token }),
                 Effect::LostWrites { object } => {
                     tracing::error!(
                         volume = self.name,
@@ -327,20 +373,6 @@ impl Caller for VolumeDevice {
 
     fn connected(&self, node: NodeId) {
         self.post(Event::Connected(node));
-        self.pump_events();
-    }
-}
-
-impl Block for VolumeDevice {
-    fn info(&self) -> BlockInfo {
-        BlockInfo { size: self.size, read_only: false, serial: self.name.clone() }
-    }
-
-    fn submit(&self, batch: &mut Vec<Request>) {
-        let mut inner = lock(&self.inner);
-        self.account(&mut inner, batch.len() as u64, 0);
-        inner.held.append(batch);
-        self.work(inner);
         self.pump_events();
     }
 }

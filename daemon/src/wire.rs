@@ -1,21 +1,25 @@
 //! What every connection to a node begins with, and the frames of control connections.
 //!
 //! ```text
-//!   hello   0 "SHEEPDOG"  8 u16 version  10 u8 kind     11 u8×5 0  16 u64 cluster  24 u64 node
-//!   answer  0 "SHEEPDOG"  8 u16 version  10 u8 verdict  11 u8×5 0  16 u64 cluster  24 u64 node
+//!   hello   0 "SHEEPDOG"  8 u16 newest  10 u8 kind     11 u8 0  12 u16 oldest  14 u16 0  16 u64 cluster  24 u64 node
+//!   answer  0 "SHEEPDOG"  8 u16 newest  10 u8 verdict  11 u8 0  12 u16 oldest  14 u16 0  16 u64 cluster  24 u64 node
 //!   control frame: u32 length of what follows, u8 type or status, body
 //! ```
 //! All integers are little-endian. `cluster` and `node` are 0 where they are not known: a client
-//! that administers, or a node that has not joined yet.
+//! that administers, or a node that has not joined yet. `oldest` and `newest` are the protocol versions
+//! that the sender speaks; both ends use the newest that both speak. These 32 bytes are the same in all
+//! versions, so that ends which have none in common can say so.
 
 use sheepdog_types::{ClusterId, NodeId};
+use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 use thiserror::Error;
 
-/// Version of everything that goes over a node's port.
-pub const PROTOCOL_VERSION: u16 = 1;
+/// The versions of everything that goes over a node's port that this release speaks. A release speaks
+/// the newest version of the release before it, so that nodes can be upgraded one after the other.
+pub const PROTOCOL: Versions = Versions { oldest: 1, newest: 1 };
 /// Bytes of a [`Hello`].
 pub const HELLO_LEN: usize = 32;
 /// Largest administration request or answer, in bytes.
@@ -24,6 +28,33 @@ pub const MAX_ADMIN: usize = 64 << 20;
 pub const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 
 const MAGIC: &[u8; 8] = b"SHEEPDOG";
+
+/// A range of protocol versions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Versions {
+    /// The oldest, at least 1.
+    pub oldest: u16,
+    /// The newest, not below the oldest.
+    pub newest: u16,
+}
+
+impl Versions {
+    /// The version that two ends speak with each other: the newest that both know.
+    #[must_use]
+    pub fn common(self, other: Self) -> Option<u16> {
+        let newest = self.newest.min(other.newest);
+        (newest >= self.oldest.max(other.oldest)).then_some(newest)
+    }
+}
+
+impl fmt::Display for Versions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self { oldest, newest } if oldest == newest => write!(f, "protocol version {newest}"),
+            Self { oldest, newest } => write!(f, "protocol versions {oldest} to {newest}"),
+        }
+    }
+}
 
 /// What a connection is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +70,7 @@ pub enum Kind {
 pub enum Verdict {
     /// Go on.
     Welcome,
-    /// Another protocol version is spoken here.
+    /// No protocol version of the caller is spoken here.
     WrongVersion,
     /// This node belongs to another cluster.
     WrongCluster,
@@ -50,8 +81,8 @@ pub enum Verdict {
 /// The first bytes of a connection, in each direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hello {
-    /// Protocol version of the sender.
-    pub version: u16,
+    /// Protocol versions of the sender.
+    pub versions: Versions,
     /// [`Kind`] of a hello, [`Verdict`] of an answer.
     pub code: u8,
     /// Cluster of the sender.
@@ -68,7 +99,7 @@ impl Hello {
             Kind::Data => 1,
             Kind::Control => 2,
         };
-        Self { version: PROTOCOL_VERSION, code, cluster, node }
+        Self { versions: PROTOCOL, code, cluster, node }
     }
 
     /// The answer of this release.
@@ -80,7 +111,7 @@ impl Hello {
             Verdict::WrongCluster => 2,
             Verdict::Busy => 3,
         };
-        Self { version: PROTOCOL_VERSION, code, cluster, node }
+        Self { versions: PROTOCOL, code, cluster, node }
     }
 
     /// What the connection is for.
@@ -93,14 +124,16 @@ impl Hello {
         }
     }
 
-    /// Whether an answer lets the connection go on.
+    /// The version that is spoken on this connection, if the answer lets it go on.
     ///
     /// # Errors
     /// [`HelloError`], with what to do.
-    pub fn check_answer(&self) -> Result<(), HelloError> {
+    pub fn check_answer(&self) -> Result<u16, HelloError> {
+        let common = PROTOCOL.common(self.versions);
+        let incompatible = HelloError::Versions { theirs: self.versions };
         match self.code {
-            0 if self.version == PROTOCOL_VERSION => Ok(()),
-            0 | 1 => Err(HelloError::Version { theirs: self.version }),
+            0 => common.ok_or(incompatible),
+            1 => Err(incompatible),
             2 => Err(HelloError::Cluster { theirs: self.cluster }),
             3 => Err(HelloError::Busy),
             _ => Err(HelloError::NotSheepdog),
@@ -112,8 +145,9 @@ impl Hello {
     pub fn encode(&self) -> [u8; HELLO_LEN] {
         let mut bytes = [0; HELLO_LEN];
         bytes[..8].copy_from_slice(MAGIC);
-        bytes[8..10].copy_from_slice(&self.version.to_le_bytes());
+        bytes[8..10].copy_from_slice(&self.versions.newest.to_le_bytes());
         bytes[10] = self.code;
+        bytes[12..14].copy_from_slice(&self.versions.oldest.to_le_bytes());
         bytes[16..24].copy_from_slice(&self.cluster.0.to_le_bytes());
         bytes[24..].copy_from_slice(&self.node.0.to_le_bytes());
         bytes
@@ -132,8 +166,13 @@ impl Hello {
             field.copy_from_slice(&bytes[at..at + 8]);
             u64::from_le_bytes(field)
         };
+        let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+        let versions = Versions { oldest: u16_at(12), newest: u16_at(8) };
+        if versions.oldest == 0 || versions.oldest > versions.newest {
+            return Err(HelloError::NotSheepdog);
+        }
         Ok(Self {
-            version: u16::from_le_bytes([bytes[8], bytes[9]]),
+            versions,
             code: bytes[10],
             cluster: ClusterId(u64_at(16)),
             node: NodeId(u64_at(24)),
@@ -147,14 +186,11 @@ pub enum HelloError {
     /// The other end speaks something else.
     #[error("the other end does not speak Sheepdog's protocol")]
     NotSheepdog,
-    /// Another version.
-    #[error(
-        "the other end speaks protocol version {theirs}, this release speaks {PROTOCOL_VERSION}; \
-         use the same release on both"
-    )]
-    Version {
-        /// Its version.
-        theirs: u16,
+    /// No version in common.
+    #[error("{}", incompatible(*.theirs))]
+    Versions {
+        /// Its versions.
+        theirs: Versions,
     },
     /// Another cluster.
     #[error("the other end belongs to cluster {theirs}")]
@@ -168,6 +204,16 @@ pub enum HelloError {
     /// The connection failed.
     #[error(transparent)]
     Io(#[from] io::Error),
+}
+
+/// Why two ends have no version in common, and which one to upgrade.
+#[must_use]
+pub fn incompatible(theirs: Versions) -> String {
+    let what = if theirs.oldest > PROTOCOL.newest { "this end" } else { "the other end" };
+    format!(
+        "the other end speaks {theirs}, this release speaks {PROTOCOL}; upgrade {what} \
+         (docs/upgrade.md)"
+    )
 }
 
 /// Types of control requests.
@@ -267,8 +313,50 @@ mod tests {
         for verdict in [Verdict::WrongVersion, Verdict::WrongCluster, Verdict::Busy] {
             assert!(answer(verdict).check_answer().is_err());
         }
-        let mut newer = answer(Verdict::Welcome);
-        newer.version = 2;
-        assert!(newer.check_answer().unwrap_err().to_string().contains("version 2"));
+        assert_eq!(answer(Verdict::Welcome).check_answer().unwrap(), PROTOCOL.newest);
+        let says = |oldest, newest| {
+            let mut other = answer(Verdict::Welcome);
+            other.versions = Versions { oldest, newest };
+            other.check_answer().map_err(|error| error.to_string())
+        };
+        let next = PROTOCOL.newest + 1;
+        assert_eq!(says(1, next), Ok(PROTOCOL.newest), "a newer release that speaks this one's");
+        let error = says(next, next + 1).unwrap_err();
+        for part in [&format!("versions {next} to {}", next + 1), "upgrade this end"] {
+            assert!(error.contains(part), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_newest_common_version_is_spoken() {
+        let common = |(a, b): (u16, u16), (c, d): (u16, u16)| {
+            let (one, other) =
+                (Versions { oldest: a, newest: b }, Versions { oldest: c, newest: d });
+            assert_eq!(one.common(other), other.common(one), "both ends agree");
+            one.common(other)
+        };
+        assert_eq!(common((1, 1), (1, 1)), Some(1));
+        assert_eq!(common((1, 3), (2, 5)), Some(3));
+        assert_eq!(common((1, 9), (4, 4)), Some(4));
+        assert_eq!(common((1, 2), (3, 4)), None);
+        assert_eq!(common((1, u16::MAX), (u16::MAX, u16::MAX)), Some(u16::MAX));
+    }
+
+    #[test]
+    fn hostile_hellos_are_refused() {
+        let mut bytes = Hello::new(Kind::Data, ClusterId(7), NodeId(9)).encode();
+        for (oldest, newest) in [(0u16, 1u16), (0, 0), (2, 1), (u16::MAX, 0)] {
+            bytes[8..10].copy_from_slice(&newest.to_le_bytes());
+            bytes[12..14].copy_from_slice(&oldest.to_le_bytes());
+            assert!(matches!(Hello::decode(&bytes), Err(HelloError::NotSheepdog)));
+        }
+        // Whatever the other bytes are, they are at most an unknown kind or verdict.
+        for byte in 0..=u8::MAX {
+            let mut bytes = [byte; HELLO_LEN];
+            bytes[..8].copy_from_slice(MAGIC);
+            if let Ok(hello) = Hello::decode(&bytes) {
+                assert!(hello.check_answer().is_err());
+            }
+        }
     }
 }

@@ -57,9 +57,10 @@ impl FakeNode {
 fn greet(stream: &mut TcpStream, version: u16, verdict: u8) {
     let mut hello = [0; 32];
     stream.read_exact(&mut hello).unwrap();
-    assert_eq!(hello[..16], *b"SHEEPDOG\x01\0\x02\0\0\0\0\0", "hello of a control connection");
+    assert_eq!(hello[..16], *b"SHEEPDOG\x01\0\x02\0\x01\0\0\0", "hello of a control connection");
     let mut answer = *b"SHEEPDOG\0\0\0\0\0\0\0\0ccccccccnnnnnnnn";
     answer[8..10].copy_from_slice(&version.to_le_bytes());
+    answer[12..14].copy_from_slice(&version.to_le_bytes());
     answer[10] = verdict;
     stream.write_all(&answer).unwrap();
 }
@@ -135,9 +136,10 @@ fn examples() -> Vec<Example> {
 
 /// The requests of the examples, as `docs/protocol.md` has them.
 fn expected_request(args: &[&str]) -> Value {
+    let incoming = args.contains(&"--incoming");
     let add = |protocol: &str, address: &str| {
-        let volume = "vm1";
-        json!({"command": "export-add", "volume": volume, "protocol": protocol, "address": address})
+        json!({"command": "export-add", "volume": "vm1", "protocol": protocol, "address": address,
+            "incoming": incoming})
     };
     match args.join(" ").as_str() {
         "cluster info" => json!({"command": "cluster-info"}),
@@ -181,8 +183,16 @@ fn expected_request(args: &[&str]) -> Value {
             "size": 10_737_418_240_u64, "copies": null, "min_copies": null, "ack": "flush"}),
         "volume list" => json!({"command": "volume-list"}),
         "volume info vm1" => json!({"command": "volume-info", "name": "vm1"}),
+        "volume end-handover vm1" => json!({"command": "volume-end-handover", "name": "vm1"}),
+        "volume detach vm1" => json!({"command": "volume-detach", "name": "vm1", "force": false}),
+        "volume detach vm1 --force" => {
+            json!({"command": "volume-detach", "name": "vm1", "force": true})
+        }
         "volume delete vm1" => json!({"command": "volume-delete", "name": "vm1"}),
-        "export add vm1 --nbd /run/sheepdog/vm1.nbd" => add("nbd", "/run/sheepdog/vm1.nbd"),
+        "export add vm1 --nbd /run/sheepdog/vm1.nbd"
+        | "export add vm1 --nbd /run/sheepdog/vm1.nbd --incoming" => {
+            add("nbd", "/run/sheepdog/vm1.nbd")
+        }
         "export add vm1 --nbd 10.0.0.5:10809" => add("nbd", "10.0.0.5:10809"),
         "export add vm1 --vhost-user /run/sheepdog/vm1.sock" => {
             add("vhost-user", "/run/sheepdog/vm1.sock")
@@ -197,7 +207,7 @@ fn expected_request(args: &[&str]) -> Value {
 #[test]
 fn documented_examples_are_what_people_see() {
     let examples = examples();
-    assert_eq!(examples.len(), 27, "every command has an example, export add three");
+    assert_eq!(examples.len(), 31, "every command has an example, export add four, detach two");
     for Example { args, human, json } in examples {
         let (output, request) = FakeNode::answering(&json!({"ok": json})).dog(&args);
         assert_eq!(request, Some(expected_request(&args)));
@@ -221,8 +231,8 @@ fn documented_examples_are_what_scripts_see() {
 #[test]
 fn documented_examples_are_what_the_library_promises() {
     use sheepdog::api::{
-        ClusterInfo, DiskInfo, ExportInfo, Health, NodeInfo, Recovery, ScrubInfo, SettingInfo,
-        VolumeInfo,
+        ClusterInfo, Detached, DiskInfo, ExportInfo, Health, NodeInfo, Recovery, ScrubInfo,
+        SettingInfo, VolumeInfo,
     };
     fn same<T: serde::de::DeserializeOwned + serde::Serialize>(json: &Value) {
         let typed: T = serde_json::from_value(json.clone()).unwrap();
@@ -240,7 +250,8 @@ fn documented_examples_are_what_the_library_promises() {
             ["node", "recovery"] if args.len() > 2 => same::<Vec<SettingInfo>>(&json),
             ["node", "recovery"] => same::<Recovery>(&json),
             ["node", "scrub"] => same::<Vec<ScrubInfo>>(&json),
-            ["volume", "create" | "info"] => same::<VolumeInfo>(&json),
+            ["volume", "detach"] => same::<Detached>(&json),
+            ["volume", "create" | "info" | "end-handover"] => same::<VolumeInfo>(&json),
             ["volume", "list"] => same::<Vec<VolumeInfo>>(&json),
             ["volume", "delete"] => assert_eq!(json, Value::Null),
             ["export", "add"] => same::<ExportInfo>(&json),
@@ -341,7 +352,7 @@ fn nothing_is_given_up_without_force_and_a_word() {
 fn waiting_for_a_drain_ends_when_it_is_done_and_prints_one_document() {
     let node = |drained| {
         json!({"id": "a", "address": "1.2.3.4:5", "zone": "z", "state": "draining",
-            "drained": drained, "disks": []})
+            "drained": drained, "entered": 1, "cluster_version": 6, "disks": []})
     };
     let mut asked = 0;
     let (address, _thread) = node_that_goes_on(move |request| {
@@ -463,8 +474,8 @@ fn refused_connections_name_the_node_and_the_way_out() {
 #[test]
 fn other_ends_that_are_no_node_of_this_release_are_named() {
     for (version, verdict, parts) in [
-        (9, WRONG_VERSION, ["version 9", "same release"]),
-        (9, WELCOME, ["version 9", "same release"]),
+        (9, WRONG_VERSION, ["version 9", "upgrade this end"]),
+        (9, WELCOME, ["version 9", "upgrade this end"]),
         (1, BUSY, ["too many connections", "try again"]),
     ] {
         let node = FakeNode::start(move |mut stream| {

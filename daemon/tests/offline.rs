@@ -9,6 +9,7 @@ use std::net::TcpListener;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use sheepdog_store::{BlockState, Options, Payload, Store, StoreIds};
 use sheepdog_types::{
@@ -16,8 +17,24 @@ use sheepdog_types::{
     VolumeId, WriterGen,
 };
 
+/// Held while a process is started, and while a store is open in this one: until it becomes another program, a
+/// child has all descriptors of its parent, and with them the lock of a store that another test closes meanwhile.
+fn no_store_at_a_start() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs a command to its end.
+fn run(command: &mut Command) -> Output {
+    let turn = no_store_at_a_start();
+    let command = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.spawn().unwrap();
+    drop(turn);
+    child.wait_with_output().unwrap()
+}
+
 fn sheep(arguments: &[&str], dir: &Path) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_sheep")).args(arguments).arg(dir).output().unwrap()
+    run(Command::new(env!("CARGO_BIN_EXE_sheep")).args(arguments).arg(dir))
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -26,6 +43,7 @@ fn text(bytes: &[u8]) -> String {
 
 /// A store with one layer of three blocks, from block 5 on in slab 0, stopped in order.
 fn store(dir: &Path) {
+    let _turn = no_store_at_a_start();
     let ids = StoreIds { cluster: ClusterId(0xC1), node: NodeId(0xA2), disk: DiskId(0xD3) };
     let options = Options { log_bytes: 256 << 10, segment_bytes: 64 << 10, ..Options::default() };
     let store = Store::create(dir, ids, options).unwrap();
@@ -93,7 +111,9 @@ fn what_is_repairable_alone_is_not_clean_and_the_daemons_opening_repairs_it() {
     store(dir.path());
     flip(dir.path(), "superblock", 8192 + 30);
     assert_eq!(sheep(&["check"], dir.path()).status.code(), Some(1));
+    let turn = no_store_at_a_start();
     Store::open(dir.path(), Options::default()).unwrap().close().unwrap();
+    drop(turn);
     let output = sheep(&["check"], dir.path());
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stdout));
 }
@@ -107,13 +127,13 @@ fn what_is_no_store_and_wrong_usage_are_told_apart() {
         let said = text(&output.stderr);
         assert!(said.starts_with(&format!("sheep {command}: ")), "{said}");
         assert!(said.contains("is not a store"), "{said}");
-        let usage = Command::new(env!("CARGO_BIN_EXE_sheep")).arg(command).output().unwrap();
+        let usage = run(Command::new(env!("CARGO_BIN_EXE_sheep")).arg(command));
         assert_eq!(usage.status.code(), Some(2));
         let help = sheep(&[command, "--help"], dir.path());
         assert!(help.status.success() && text(&help.stdout).contains("Changes nothing"));
     }
     // Without a subcommand, `--dir` is required as ever.
-    let usage = Command::new(env!("CARGO_BIN_EXE_sheep")).output().unwrap();
+    let usage = run(&mut Command::new(env!("CARGO_BIN_EXE_sheep")));
     assert_eq!(usage.status.code(), Some(2));
     assert!(text(&usage.stderr).contains("--dir <DIR>"));
 }
@@ -148,6 +168,7 @@ fn the_disk_of_a_running_daemon_is_refused_and_checked_after_its_death() {
     let dir = tempfile::tempdir().unwrap();
     let node = dir.path().join("node");
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let turn = no_store_at_a_start();
     let child = Command::new(env!("CARGO_BIN_EXE_sheep"))
         .args(["--listen", &format!("127.0.0.1:{port}"), "--dir"])
         .arg(&node)
@@ -155,6 +176,7 @@ fn the_disk_of_a_running_daemon_is_refused_and_checked_after_its_death() {
         .stdin(Stdio::null())
         .spawn()
         .unwrap();
+    drop(turn);
     let mut daemon = Daemon(child);
     let mut log = BufReader::new(daemon.0.stderr.take().unwrap());
     // It says where it listens once its disks are open.

@@ -133,7 +133,19 @@ impl Wire {
         self.ask_with(request, &block, crc)
     }
 
+    /// The answer, once the node has a lease: a busy machine may lose it for a moment.
     fn ask_with(&mut self, request: Request, block: &[u8], crc: u32) -> Reply {
+        let begin = Instant::now();
+        loop {
+            let reply = self.ask_once(request.clone(), block, crc);
+            if reply != Reply::Rejected(Reject::NoLease) || begin.elapsed() > PATIENCE {
+                return reply;
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    fn ask_once(&mut self, request: Request, block: &[u8], crc: u32) -> Reply {
         let carries = matches!(request, Request::Write { .. });
         let (crcs, data) = if carries { (vec![crc], block) } else { (Vec::new(), &[][..]) };
         let call = Call { epoch: self.epoch, disk: self.disk, writer: self.writer, request };

@@ -89,7 +89,7 @@ fn make(
         lock(&node.unopened).remove(&old);
         membership::close(node, old);
     }
-    node.open_disk(Disk { id, path, store });
+    node.open_disk(Disk::new(id, path, store));
     tracing::info!(disk = %id, "a disk was added");
     Ok(id)
 }

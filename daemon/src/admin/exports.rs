@@ -1,12 +1,13 @@
 //! Exports of this node, and the attachments that they need.
 
-use super::{APPLY_TIMEOUT, refused};
+use super::{APPLY_TIMEOUT, change, refused};
 use crate::api::{ExportInfo, Protocol};
-use crate::exports::ExportSpec;
+use crate::exports::{ExportSpec, GiveBack};
 use crate::node::{Node, now};
+use crate::seat::Seat;
 use sheepdog_cluster::command::{Command, Outcome};
-use sheepdog_cluster::gateway::{Config, Phase};
-use sheepdog_cluster::state::ClusterState;
+use sheepdog_cluster::gateway::Phase;
+use sheepdog_cluster::state::{ClusterState, Volume};
 use sheepdog_types::{VolumeId, WriterGen};
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,20 +20,69 @@ pub async fn add(
     volume: String,
     protocol: Protocol,
     address: String,
+    incoming: bool,
 ) -> Result<ExportInfo, String> {
     let spec = ExportSpec { volume, protocol, address };
+    if incoming {
+        return add_incoming(node, spec).await;
+    }
     node.exports.check(&spec)?;
     attach(node, &spec.volume).await?;
     let volume = spec.volume.clone();
     let exports = Arc::clone(&node.exports);
-    let added = tokio::task::spawn_blocking(move || exports.add(spec)).await;
+    let adding = Arc::clone(&exports);
+    let added = tokio::task::spawn_blocking(move || adding.add(spec)).await;
     let outcome = added.map_err(|e| e.to_string())?;
     if outcome.is_err()
-        && let Some((volume, writer)) = node.exports.release_unused(&volume)
+        && let Ok(Some(attachment)) =
+            tokio::task::spawn_blocking(move || exports.release_unused(&volume)).await
     {
-        detach(node, volume, writer).await;
+        give_back(node, attachment).await;
     }
     outcome
+}
+
+/// Adds an export of a volume that another node has, to be taken over when a client needs it. If the
+/// export is still there from an earlier migration, it is enough that it may.
+async fn add_incoming(node: &Arc<Node>, spec: ExportSpec) -> Result<ExportInfo, String> {
+    let stands = node.exports.stands(&spec);
+    if !stands {
+        node.exports.check(&spec)?;
+    }
+    let (name, me) = (spec.volume.clone(), node.cluster.node);
+    let command = Command::OpenHandover {
+        name: name.clone(),
+        to: me,
+        incarnation: node.cluster.incarnation(),
+        at: now(),
+    };
+    let open = |state: &ClusterState| {
+        let volume = state.volume_named(&name);
+        volume.is_some_and(|v| v.handover.is_some_and(|h| h.involves(me)))
+    };
+    change(node, &command, open).await?;
+    let volume = node.cluster.state().volume_named(&name).cloned();
+    let volume = volume.ok_or_else(|| format!("volume '{name}' was deleted meanwhile"))?;
+    let exports = Arc::clone(&node.exports);
+    let id = volume.id;
+    let add = move || {
+        exports.stand_by(&volume);
+        if stands {
+            let found = exports.list().into_iter().find(|e| e.address == spec.address);
+            return found.ok_or_else(|| "the export was removed meanwhile".to_owned());
+        }
+        exports.add(spec)
+    };
+    let added = tokio::task::spawn_blocking(add).await.map_err(|e| e.to_string())?;
+    if added.is_err() && !node.exports.list().iter().any(|e| e.volume == name) {
+        let exports = Arc::clone(&node.exports);
+        let unused = tokio::task::spawn_blocking(move || exports.release_unused(&name)).await;
+        if let Ok(Some(attachment)) = unused {
+            give_back(node, attachment).await;
+        }
+        close_handover(node, id).await;
+    }
+    added
 }
 
 /// Attaches a volume to this node, unless it is, and waits until its gateway serves.
@@ -49,7 +99,28 @@ pub async fn attach(node: &Arc<Node>, name: &str) -> Result<(), String> {
         incarnation: node.cluster.incarnation(),
         at: now(),
     };
-    let outcome = node.propose(&command).await?.map_err(refused)?;
+    get(node, name, &command).await
+}
+
+/// Attaches a volume that clients of this node need, from the other node of its hand-over if need be, unless
+/// there is a newer generation than `seen`.
+///
+/// # Errors
+/// A text for people.
+pub async fn take_over(node: &Arc<Node>, seat: &Seat, seen: WriterGen) -> Result<(), String> {
+    let command = Command::TakeOver {
+        volume: seat.volume(),
+        gateway: node.cluster.node,
+        incarnation: node.cluster.incarnation(),
+        seen,
+        at: now(),
+    };
+    get(node, seat.name(), &command).await
+}
+
+/// Has the cluster attach a volume to this node.
+async fn get(node: &Arc<Node>, name: &str, command: &Command) -> Result<(), String> {
+    let outcome = node.propose(command).await?.map_err(refused)?;
     let Outcome::Attached { volume: id, writer } = outcome else {
         return Err("an answer of the cluster log that makes no sense".into());
     };
@@ -59,35 +130,54 @@ pub async fn attach(node: &Arc<Node>, name: &str) -> Result<(), String> {
     }
     let volume = node.cluster.state().volumes.get(&id).cloned();
     let volume = volume.ok_or_else(|| format!("volume '{name}' was deleted meanwhile"))?;
-    let config = Config {
-        node: node.cluster.node,
-        volume: id,
-        size: volume.spec.size,
-        copies: usize::from(volume.spec.copies),
-        min_copies: usize::from(volume.spec.min_copies),
-        layer: volume.layer,
-        writer,
-        ack: volume.spec.ack,
-    };
-    let (exports, owned) = (Arc::clone(&node.exports), name.to_owned());
+    let exports = Arc::clone(&node.exports);
     let phase = tokio::task::spawn_blocking(move || {
-        exports.attach(&owned, config);
-        exports.device(&owned).map(|device| device.wait_settled(FENCE_TIMEOUT))
+        exports.attach(&volume, writer).wait_settled(FENCE_TIMEOUT)
     });
     match phase.await.map_err(|e| e.to_string())? {
-        Some(Phase::Serving) => Ok(()),
+        Phase::Serving => Ok(()),
         // It goes on by itself: an up node that does not answer is declared down sooner or later.
-        Some(Phase::Fencing) => Ok(()),
-        Some(Phase::Fenced) | None => {
-            Err(format!("volume '{name}' was attached elsewhere at the same time"))
-        }
+        Phase::Fencing => Ok(()),
+        Phase::Fenced => Err(format!("volume '{name}' was attached elsewhere at the same time")),
     }
 }
 
-async fn detach(node: &Arc<Node>, volume: VolumeId, writer: WriterGen) {
-    let answer = node.propose(&Command::Detach { volume, writer }).await;
-    if let Err(error) = answer {
+async fn give_back(node: &Arc<Node>, attachment: GiveBack) {
+    if let Err(error) = node.propose(&attachment.command()).await {
+        let volume = attachment.volume;
         tracing::warn!(%volume, error, "not detached; another node can attach it once this one is down");
+    }
+}
+
+/// The node that has the volume keeps it, and this one is out of it.
+pub async fn close_handover(node: &Arc<Node>, volume: VolumeId) {
+    let me = node.cluster.node;
+    let is_part = |v: &Arc<Volume>| v.handover.is_some_and(|h| h.involves(me));
+    if !node.cluster.view().volumes.get(&volume).is_some_and(is_part) {
+        return;
+    }
+    let close = Command::CloseHandover { volume, writer: None };
+    if let Err(error) = node.propose(&close).await {
+        tracing::warn!(%volume, error, "its hand-over stays open; `dog volume end-handover` ends it");
+    }
+}
+
+/// Stops serving a volume and gives it back, unless it has clients; says how many.
+///
+/// # Errors
+/// A text for people.
+pub async fn release(node: &Arc<Node>, volume: VolumeId, writer: WriterGen) -> Result<u32, String> {
+    let exports = Arc::clone(&node.exports);
+    let name = node.cluster.state().volumes.get(&volume).map(|v| v.spec.name.clone());
+    let name = name.ok_or("this node knows no such volume; nothing was changed")?;
+    let released = tokio::task::spawn_blocking(move || exports.release(&name, volume, writer));
+    match released.await.map_err(|e| e.to_string())?? {
+        Ok(attachment) => {
+            node.propose(&attachment.command()).await?.map_err(refused)?;
+            close_handover(node, volume).await;
+            Ok(0)
+        }
+        Err(clients) => Ok(clients),
     }
 }
 
@@ -101,8 +191,11 @@ pub async fn remove(
     let removed =
         tokio::task::spawn_blocking(move || exports.remove(&volume, protocol, address.as_deref()));
     let removed = removed.await.map_err(|e| e.to_string())??;
-    if let Some((volume, writer)) = removed.detach {
-        detach(node, volume, writer).await;
+    if let Some(attachment) = removed.detach {
+        give_back(node, attachment).await;
+    }
+    if let Some(volume) = removed.last_of {
+        close_handover(node, volume).await;
     }
     Ok(removed.exports)
 }

@@ -4,6 +4,7 @@ use super::stats::all_disks;
 use crate::api::{Health, SlotCounts, Status};
 use crate::control::DiskHealth;
 use crate::node::{Node, now};
+use crate::wire::incompatible;
 use sheepdog_cluster::state::{ClusterState, Disk, Volume};
 use sheepdog_cluster::view::{View, Waiting};
 use sheepdog_log::ClusterLog;
@@ -101,6 +102,12 @@ fn node_reasons(node: &Node, view: &View, disks: &[DiskHealth]) -> Vec<String> {
         reasons.push(format!("this node has not entered the cluster yet{colon}{obstacle}"));
     } else if !node.cluster.lease.is_held() {
         reasons.push("this node has no lease: the log's leader does not hear of it".into());
+    }
+    for (id, member) in view.nodes.iter() {
+        if let Some(theirs) = node.incompatible.of(*id, &member.address) {
+            let address = &member.address;
+            reasons.push(format!("no connection to node {address}: {}", incompatible(theirs)));
+        }
     }
     reasons.extend(absent_reasons(&node.cluster.state(), disks));
     for disk in view.disks.values().filter(|d| d.up && d.sync_from.is_some()) {

@@ -105,7 +105,8 @@ async fn remove(node: &Arc<Node>, name: &str, force: bool) -> Result<(), String>
         let view = node.cluster.view();
         let never_back: BTreeSet<DiskId> = {
             let state = node.cluster.state();
-            let removed = |d: &Disk| d.lost || state.nodes.get(&d.node).is_none_or(|n| n.removed);
+            let removed =
+                |d: &Disk| d.is_given_up() || state.nodes.get(&d.node).is_none_or(|n| n.removed);
             let disks = state.disks.iter().filter(|(_, d)| d.node == id || removed(d));
             disks.map(|(disk, _)| *disk).collect()
         };
@@ -190,6 +191,8 @@ fn describe(state: &ClusterState, id: NodeId, known: &Known<'_>) -> Option<NodeI
             () => NodeState::Up,
         },
         drained: member.draining && !on_ring,
+        entered: member.entered.0,
+        cluster_version: member.version,
         disks: disks.collect(),
     })
 }

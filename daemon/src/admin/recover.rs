@@ -5,7 +5,7 @@ use super::{change, refused};
 use crate::api::{LostDisk, RecoverPlan, VolumeLoss, WaitingGroup};
 use crate::node::{Node, now};
 use sheepdog_cluster::command::Command;
-use sheepdog_cluster::state::{ClusterState, Volume};
+use sheepdog_cluster::state::{ClusterState, Disk, Volume};
 use sheepdog_cluster::view::{View, Waiting};
 use sheepdog_types::{DiskId, Epoch, OBJECT_SIZE, ObjectId, ObjectIndex, SLOTS, SlotId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -47,7 +47,7 @@ pub async fn give_up(node: &Arc<Node>, disks: &[String], epoch: u64) -> Result<(
     let disks = disks.iter().map(parse).collect::<Result<Vec<DiskId>, String>>()?;
     let lost = disks.clone();
     let reached = |state: &ClusterState| {
-        lost.iter().all(|id| state.disks.get(id).is_none_or(|disk| disk.lost))
+        lost.iter().all(|id| state.disks.get(id).is_none_or(Disk::is_given_up))
     };
     change(node, &Command::GiveUp { disks, at: now() }, reached).await?;
     Ok(())
@@ -85,7 +85,7 @@ fn waited_for(state: &ClusterState, view: &View) -> BTreeSet<DiskId> {
             }
         }
     }
-    disks.retain(|id| !state.disk_up(*id) && state.disks.get(id).is_some_and(|d| !d.lost));
+    disks.retain(|id| !state.disk_up(*id) && state.disks.get(id).is_some_and(|d| !d.is_given_up()));
     disks
 }
 

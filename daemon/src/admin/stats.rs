@@ -40,6 +40,8 @@ pub fn local_stats(node: &Node) -> NodeStats {
             }
         });
     }
+    let clients = node.exports.clients().into_iter();
+    stats.clients = clients.map(|(volume, count)| (volume, count as u32)).collect();
     stats.volumes = volumes.into_iter().map(|(id, bytes)| (id.0, bytes)).collect();
     stats
 }

@@ -5,7 +5,7 @@ use crate::control::{MAX_COMPLAINTS, NodeReply, NodeRequest};
 use crate::dir::Identity;
 use crate::liveness::unreachable_of;
 use crate::node::{Node, random_id};
-use sheepdog_cluster::command::{Command, encode_command};
+use sheepdog_cluster::command::{Command, LOG_VERSION, encode_command};
 use sheepdog_log::ClusterLog;
 use sheepdog_types::NodeId;
 use std::time::Duration;
@@ -80,8 +80,8 @@ impl Node {
             if obstacle.wait.is_zero() {
                 // A new leader is the likeliest end of the trouble.
                 let another = status.wait_for(|s| s.leader.is_some() && s.leader != leader);
-                let _ = timeout(pause, another).await; // either way it is time to try again
-                pause = (pause * 2).min(LONGEST_PAUSE);
+                let is_new = timeout(pause, another).await.is_ok();
+                pause = if is_new { FIRST_PAUSE } else { (pause * 2).min(LONGEST_PAUSE) };
             } else {
                 sleep(obstacle.wait.min(LONGEST_PAUSE)).await;
             }
@@ -158,7 +158,8 @@ impl Node {
         let Identity { join, address, .. } = self.identity().clone();
         for target in join {
             let (node, address) = (self.cluster.node, address.clone());
-            match self.client.ask(&target, &NodeRequest::Join { node, address }).await {
+            let request = NodeRequest::Join { node, address, version: LOG_VERSION };
+            match self.client.ask(&target, &request).await {
                 Ok(NodeReply::Done) => {
                     let id = node.0;
                     let mut status = self.log.watch();

@@ -2,7 +2,7 @@
 //! moved and written.
 
 use super::copies::Right;
-use super::{Answer, Disk, Replica, give, write_failure};
+use super::{Answer, Disk, Replica, give};
 use crate::cluster::lock;
 use sheepdog_cluster::message::{Failure, Reply, Request, Run, Span, frame_bytes};
 use sheepdog_store::{
@@ -212,7 +212,7 @@ impl Replica {
         match outcome {
             Ok(true) => Ok(Placed::Done),
             Ok(false) => Ok(Placed::MovedOn),
-            Err(error) => Err(write_failure(&error)),
+            Err(error) => Err(disk.write_failure(&error)),
         }
     }
 

@@ -1,8 +1,10 @@
 use super::copies::{Copies, Right};
 use super::{Copy, Disk, Moved, Replica};
 use crate::cluster::{Cluster, boot_time};
-use sheepdog_cluster::command::{Command, DiskInfo, NodeInfo, encode_command};
-use sheepdog_cluster::message::Failure;
+use sheepdog_cluster::command::{
+    Ack, Command, DiskInfo, LOG_VERSION, NodeInfo, VolumeSpec, encode_command,
+};
+use sheepdog_cluster::message::{Call, Failure, Reply, Request};
 use sheepdog_log::StateMachine;
 use sheepdog_store::{
     BlockRange, BlockRun, BlockState, LayerImage, LayerSums, Options, Payload, Store, StoreIds,
@@ -51,9 +53,10 @@ impl Bench {
             address: "127.0.0.1:1".into(),
             zone: "z".into(),
             disks: disks.into(),
+            version: LOG_VERSION,
         };
-        cluster.apply(1, &encode_command(&Command::Found { cluster: ClusterId(1) }));
-        cluster.apply(2, &encode_command(&Command::Enter { node, at: 0 }));
+        cluster.apply(1, &encode_command(&Command::Found { cluster: ClusterId(1) })).unwrap();
+        cluster.apply(2, &encode_command(&Command::Enter { node, at: 0 })).unwrap();
         // Longer than any test.
         cluster.lease.renew(boot_time() + 3_600_000_000_000);
         let mut this = Self { dir, cluster, replica: None };
@@ -78,7 +81,7 @@ impl Bench {
                 Err(_) => Store::create(&path, ids, options()).unwrap(),
                 Ok(store) => store,
             };
-            Disk { id, path, store }
+            Disk::new(id, path, store)
         });
         self.replica = Some(Replica::new(Arc::clone(&self.cluster), disks.into()).unwrap());
     }
@@ -376,4 +379,36 @@ fn who_gives_a_copy_up_waits_for_the_one_being_put_in_place_and_for_no_other() {
     assert!(copies.place(HERE, key(0), Right::Ticket(new)).is_some());
     copies.forget(HERE, key(0), new);
     assert!(copies.place(HERE, key(0), Right::Ticket(new)).is_none());
+}
+
+#[test]
+fn i4_a_fence_waits_for_writes_that_were_admitted_before() {
+    let bench = Bench::new();
+    let replica = bench.replica();
+    let call = |request| Call { epoch: bench.epoch(), disk: HERE, writer: WriterGen(1), request };
+    let volume = VolumeId(1);
+    let spec =
+        VolumeSpec { name: "v".into(), size: 1 << 20, copies: 1, min_copies: 1, ack: Ack::Flush };
+    let attach = Command::Attach { name: "v".into(), gateway: NodeId(1), incarnation: 5, at: 0 };
+    bench.cluster.apply(3, &encode_command(&Command::CreateVolume { spec, at: 0 })).unwrap();
+    bench.cluster.apply(4, &encode_command(&attach)).unwrap();
+    let (sender, answers) = std::sync::mpsc::channel();
+    let fence = || {
+        let sender = sender.clone();
+        let later =
+            || -> super::Later { Box::new(move |answer| sender.send(answer.reply).unwrap()) };
+        let at_once = replica.execute(&call(Request::Fence { volume }), &[], &[], later);
+        assert!(at_once.is_none(), "{at_once:?}");
+    };
+    let disk = bench.disk(HERE);
+    // A write that waits in the store for space in the log.
+    let writing = super::shared(&disk.writing);
+    fence();
+    // Long enough for one that does not wait.
+    (0..1000).for_each(|_| std::thread::yield_now());
+    assert!(answers.try_recv().is_err(), "the write may still land");
+    drop(writing);
+    assert_eq!(answers.recv().unwrap(), Reply::Done);
+    fence();
+    assert_eq!(answers.recv().unwrap(), Reply::Done);
 }

@@ -20,7 +20,7 @@ fn scrubber(dir: &std::path::Path) -> Scrubber {
         let payload = Payload::Data { bytes: &bytes, crcs: &crcs };
         store.write(key, Version::NONE, version, 3, payload).unwrap();
     }
-    Scrubber::new(Arc::new(Disk { id: ids.disk, path: dir.into(), store }))
+    Scrubber::new(Arc::new(Disk::new(ids.disk, dir.into(), store)))
 }
 
 fn info(scrubber: &Scrubber) -> ScrubInfo {

@@ -1,5 +1,5 @@
 use super::*;
-use sheepdog_cluster::command::{Ack, DiskInfo, NodeInfo, VolumeSpec};
+use sheepdog_cluster::command::{Ack, DiskInfo, LOG_VERSION, NodeInfo, VolumeSpec};
 use sheepdog_types::{ClusterId, NodeId};
 
 /// Three nodes with a disk each (101…), and a volume of 64 objects with two copies.
@@ -27,6 +27,7 @@ fn enter(state: &mut ClusterState, id: u64, incarnation: u64) {
         address: format!("127.0.0.1:{id}"),
         zone: id.to_string(),
         disks: vec![DiskInfo { id: DiskId(100 + id), weight: 1 }],
+        version: LOG_VERSION,
     };
     state.apply(Command::Enter { node, at: id }).unwrap();
 }

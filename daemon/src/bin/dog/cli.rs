@@ -355,6 +355,37 @@ pub enum VolumeCommand {
         /// Its name.
         name: String,
     },
+    /// End the attachment of a volume, so that another node can have it.
+    #[command(
+        after_help = "The node that has the volume stops serving it and forgets its exports. It does not \
+                      while clients are connected; the refusal says which node has the volume, and since \
+                      when. The lock of a node that is down is no hindrance, not even without this \
+                      command: `dog export add` on another node takes the volume over.\n\n\
+                      --force breaks the lock in the log of the cluster, whoever has it and whether or not \
+                      it answers. That node is fenced: it can neither read nor write the volume any more, \
+                      and every request of its clients ends with an I/O error. Writes that they had not \
+                      flushed may or may not be there. Its exports stay, out of service; remove them with \
+                      `dog export remove` there, or it takes the volume back when it is started again.\n\n\
+                      Example:\n  dog volume detach vm1\n  dog volume detach vm1 --force"
+    )]
+    Detach {
+        /// Its name.
+        name: String,
+        /// Break the lock, although clients are connected or its node does not answer: they get I/O errors.
+        #[arg(long)]
+        force: bool,
+    },
+    /// End the hand-over of a volume, so that the node that has it keeps it.
+    #[command(
+        after_help = "While a VM is migrated, its volume may go back and forth between two nodes: from `dog \
+                      export add --incoming` on the target until the source's last client has left. This \
+                      ends it earlier. An export on the other node then gives errors to its clients.\n\n\
+                      Example:\n  dog volume end-handover vm1"
+    )]
+    EndHandover {
+        /// Its name.
+        name: String,
+    },
     /// Delete a volume and its data, without asking again. There is no way back.
     #[command(after_help = "Example:\n  dog volume delete vm1")]
     Delete {
@@ -370,14 +401,22 @@ pub enum ExportCommand {
     #[command(after_help = "The export is added on the node that dog talks to (--node). Unix \
                       sockets are made on its host; a relative path starts at dog's current \
                       directory. Exports survive restarts of sheep.\n\n\
+                      With --incoming the volume may be attached to another node: QEMU -incoming \
+                      connects to the export while the source still runs, and its first request takes the \
+                      volume over. docs/migration.md has the whole story.\n\n\
                       Example:\n  dog export add vm1 --vhost-user /run/sheepdog/vm1.sock\n  \
                       dog export add vm1 --nbd /run/sheepdog/vm1.nbd\n  \
-                      dog export add vm1 --nbd 127.0.0.1:10809")]
+                      dog export add vm1 --nbd 127.0.0.1:10809\n  \
+                      dog export add vm1 --vhost-user /run/sheepdog/vm1.sock --incoming")]
     Add {
         /// The volume.
         volume: String,
         #[command(flatten)]
         how: AddHow,
+        /// For the target of a migration: leave the volume to the node that has it until a client needs it
+        /// here.
+        #[arg(long)]
+        incoming: bool,
     },
     /// List the exports of the node that is asked.
     #[command(after_help = "Example:\n  dog export list")]
@@ -528,6 +567,10 @@ impl VolumeCommand {
             },
             Self::List => Request::VolumeList,
             Self::Info { name } => Request::VolumeInfo { name: name.clone() },
+            Self::Detach { name, force } => {
+                Request::VolumeDetach { name: name.clone(), force: *force }
+            }
+            Self::EndHandover { name } => Request::VolumeEndHandover { name: name.clone() },
             Self::Delete { name } => Request::VolumeDelete { name: name.clone() },
         }
     }
@@ -536,9 +579,9 @@ impl VolumeCommand {
 impl ExportCommand {
     fn request(&self) -> Request {
         match self {
-            Self::Add { volume, how } => {
-                let (protocol, address) = how.choice();
-                Request::ExportAdd { volume: volume.clone(), protocol, address }
+            Self::Add { volume, how, incoming } => {
+                let ((protocol, address), incoming) = (how.choice(), *incoming);
+                Request::ExportAdd { volume: volume.clone(), protocol, address, incoming }
             }
             Self::List => Request::ExportList,
             Self::Remove { volume, which } => {
@@ -606,6 +649,11 @@ mod tests {
         let name = || "v".to_string();
         assert_eq!(request("dog volume info v"), Request::VolumeInfo { name: name() });
         assert_eq!(request("dog vdi delete v"), Request::VolumeDelete { name: name() });
+        let detach = |force| Request::VolumeDetach { name: name(), force };
+        assert_eq!(request("dog volume detach v"), detach(false));
+        assert_eq!(request("dog volume detach --force v"), detach(true));
+        let end = Request::VolumeEndHandover { name: name() };
+        assert_eq!(request("dog volume end-handover v"), end);
         let create = |size, copies, min_copies, ack| Request::VolumeCreate {
             name: name(),
             size,
@@ -626,11 +674,15 @@ mod tests {
 
     #[test]
     fn exports_become_requests() {
-        let add = |protocol, address: &str| Request::ExportAdd {
+        let add_with = |protocol, address: &str, incoming| Request::ExportAdd {
             volume: "v".into(),
             protocol,
             address: address.into(),
+            incoming,
         };
+        let add = |protocol, address| add_with(protocol, address, false);
+        let incoming = add_with(Protocol::VhostUser, "/s", true);
+        assert_eq!(request("dog export add v --vhost-user /s --incoming"), incoming);
         assert_eq!(request("dog export add v --nbd /s"), add(Protocol::Nbd, "/s"));
         assert_eq!(request("dog export add --nbd [::1]:1 v"), add(Protocol::Nbd, "[::1]:1"));
         assert_eq!(request("dog export add v --vhost-user /s"), add(Protocol::VhostUser, "/s"));
@@ -674,6 +726,7 @@ mod tests {
             "dog volume create v 10G --copies 0",
             "dog volume create v 10G --copies 256",
             "dog volume info",
+            "dog volume detach",
             "dog node scrub",
             "dog node scrub start --rate 0",
             "dog node scrub start --rate fast",

@@ -33,6 +33,8 @@ pub fn changes(request: &Request) -> bool {
         | Request::NodeScrubPause
         | Request::VolumeCreate { .. }
         | Request::VolumeDelete { .. }
+        | Request::VolumeDetach { .. }
+        | Request::VolumeEndHandover { .. }
         | Request::ExportAdd { .. }
         | Request::ExportRemove { .. } => true,
     }

@@ -6,8 +6,8 @@ use crate::time::format_time;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, from_value};
 use sheepdog::api::{
-    Ack, ClusterInfo, DiskInfo, DiskState, ExportInfo, Health, NodeInfo, NodeState, Protocol,
-    Request, SlotCounts, Status, VolumeInfo,
+    Ack, ClusterInfo, Detached, DiskInfo, DiskState, ExportInfo, Health, NodeInfo, NodeState,
+    Protocol, Request, SlotCounts, Status, VolumeInfo,
 };
 use sheepdog_types::format_size;
 use std::fmt::Display;
@@ -52,6 +52,8 @@ pub fn human(request: &Request, mut value: Value) -> serde_json::Result<String> 
         Request::VolumeCreate { .. } => show(value, volume_created),
         Request::VolumeList => show_list(value, volume_list),
         Request::VolumeInfo { .. } => show(value, volume_info),
+        Request::VolumeEndHandover { .. } => show(value, handover_ended),
+        Request::VolumeDetach { .. } => show(value, volume_detached),
         Request::VolumeDelete { name } => Ok(format!("Deleted volume {}.\n", printable(name))),
         Request::ExportAdd { .. } => show(value, export_added),
         Request::ExportList => show_list(value, export_list),
@@ -119,7 +121,7 @@ fn fields<const N: usize>(fields: [(&str, String); N]) -> String {
 fn cluster_info(info: &ClusterInfo) -> String {
     let mut text = fields([
         ("Cluster", info.cluster.clone()),
-        ("Release", info.version.clone()),
+        ("Release", format!("{}, cluster version {}", info.version, info.cluster_version)),
         ("Epoch", info.epoch.to_string()),
         ("Leader", or_dash(info.leader.as_ref())),
         ("Voters", info.voters.join(", ")),
@@ -285,6 +287,57 @@ fn ack_text(ack: Ack) -> &'static str {
     }
 }
 
+fn dash() -> String {
+    "-".into()
+}
+
+/// What may be the matter with the replicas of a volume, beside what the health of the cluster tells.
+fn settled_text(volume: &VolumeInfo) -> &'static str {
+    match (volume.settled, &volume.attached_to) {
+        (true, _) => "settled",
+        (false, Some(_)) => {
+            "being compared, because an earlier gateway may have ended in the middle of writes"
+        }
+        (false, None) => {
+            "to be compared when it is attached: its last gateway may have ended in the middle of writes"
+        }
+    }
+}
+
+fn volume_detached(done: &Detached) -> String {
+    let Detached { volume, detached_from, attached_since, writer, broken, clients } = done;
+    let since = format_time(*attached_since);
+    let mut text = format!(
+        "Detached volume {volume} from {detached_from}, which had it since {since} UTC (writer \
+         generation {writer}).\n"
+    );
+    if *broken {
+        let of = match clients {
+            Some(clients) => format!("its clients ({clients}) get"),
+            None => "it did not say how many clients it has; they get".into(),
+        };
+        text.push_str(&format!(
+            "The lock was broken: {detached_from} is fenced, {of} I/O errors. What they had not flushed \
+             may or may not be written.\nIts exports of {volume} stay, out of service: remove them with \
+             `dog --node {detached_from} export remove {volume}`.\n"
+        ));
+    }
+    text
+}
+
+fn handover_ended(volume: &VolumeInfo) -> String {
+    match &volume.attached_to {
+        Some(holder) => format!("Volume {} stays with {holder}.\n", volume.name),
+        None => format!("No node has volume {}, and none waits for it.\n", volume.name),
+    }
+}
+
+fn handover_text(volume: &VolumeInfo) -> String {
+    let Some(handover) = &volume.handover else { return dash() };
+    let since = format_time(handover.since);
+    format!("from {} to {}, open since {since} UTC", handover.from, handover.to)
+}
+
 fn volume_info(volume: &VolumeInfo) -> String {
     let mut text = fields([
         ("Name", volume.name.clone()),
@@ -294,7 +347,11 @@ fn volume_info(volume: &VolumeInfo) -> String {
         ("Copies", format!("{}, I/O needs at least {}", volume.copies, volume.min_copies)),
         ("Writes", ack_text(volume.ack).into()),
         ("Attached to", or_dash(volume.attached_to.as_ref())),
+        ("Attached since", volume.attached_since.map_or_else(dash, |at| format_time(at) + " UTC")),
+        ("Handed over", handover_text(volume)),
+        ("Clients", or_dash(volume.clients.map(|clients| clients.to_string()).as_ref())),
         ("Writer", volume.writer.to_string()),
+        ("Replicas", settled_text(volume).into()),
         ("Created", format!("{} UTC", format_time(volume.created))),
         ("Parent", or_dash(volume.parent.as_ref())),
         ("Snapshots", volume.snapshots.len().to_string()),

@@ -44,7 +44,7 @@ fn terminals_get_no_control_characters() {
 #[test]
 fn a_node_without_disks_has_a_line() {
     let answer = value!([{"id": "1", "address": "127.0.0.1:7000", "zone": "z", "state": "up",
-                          "drained": false, "disks": []}]);
+                          "drained": false, "entered": 1, "cluster_version": 6, "disks": []}]);
     let text = human(&Request::NodeList, answer).unwrap();
     assert!(
         text.ends_with(
@@ -62,6 +62,7 @@ fn an_export_that_does_not_serve_says_why() {
             volume: "v".into(),
             protocol: Protocol::Nbd,
             address: "/s".into(),
+            incoming: false,
         };
         human(&request, export).unwrap()
     };
