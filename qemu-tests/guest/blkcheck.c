@@ -7,11 +7,14 @@
  *
  * Options (the same for write and verify):
  *   --size BYTES    use that much of FILE (default: all of it; a regular file is made that long)
+ *   --offset BYTES  begin there, so that several at once can share a device
  *   --bs BYTES      block size, a multiple of 512 (default 4096)
  *   --seed S        a different seed is a different pattern (default 1)
  *   --fsync-every K an fsync after every K operations and at the end (default 64)
  *   --direct        O_DIRECT: past the guest's page cache
  *   --progress      a line "blkcheck: writing" after the first fsync
+ *   --report K      a line "blkcheck: S at N" after every K operations, S being the seed
+ *   --until PATH    stop when that file is there; looked at after every fsync
  *
  * Operation i writes block mix(seed, i) % blocks, filled with (seed, block, i) and noise made from them. So verify needs
  * no record of what was written: after operations 0 … N-1 were flushed, and any of those up to M-1 may have
@@ -44,7 +47,8 @@ struct header {
 
 struct job {
     const char *file;
-    uint64_t size, bs, seed, fsync_every, start, count, flushed, written, seconds;
+    const char *until;
+    uint64_t size, offset, bs, seed, fsync_every, report, start, count, flushed, written, seconds;
     int direct, progress;
     int fd;
     uint64_t blocks;
@@ -67,7 +71,7 @@ static void usage(void)
     fprintf(stderr,
         "usage: blkcheck write FILE (--count N [--start A] | --seconds T) [options]\n"
         "       blkcheck verify FILE --flushed N [--written M] [options]\n"
-        "options: --size BYTES --bs BYTES --seed S --fsync-every K --direct --progress\n");
+        "options: --size BYTES --offset BYTES --bs BYTES --seed S --fsync-every K --direct --progress --report K --until PATH\n");
     exit(2);
 }
 
@@ -132,10 +136,10 @@ static void open_file(struct job *j, int writing)
     if (S_ISBLK(st.st_mode) && ioctl(j->fd, BLKGETSIZE64, &there) != 0)
         fail("%s: size: %s", j->file, strerror(errno));
     if (j->size == 0)
-        j->size = there;
-    if (there < j->size) {
-        if (!writing || S_ISBLK(st.st_mode) || ftruncate(j->fd, j->size) != 0)
-            fail("%s has %" PRIu64 " bytes, not %" PRIu64, j->file, there, j->size);
+        j->size = there > j->offset ? there - j->offset : 0;
+    if (there < j->offset + j->size) {
+        if (!writing || S_ISBLK(st.st_mode) || ftruncate(j->fd, j->offset + j->size) != 0)
+            fail("%s has %" PRIu64 " bytes, not %" PRIu64, j->file, there, j->offset + j->size);
     }
     j->blocks = j->size / j->bs;
     if (j->blocks == 0)
@@ -155,7 +159,7 @@ static int write_all(struct job *j)
         uint64_t operation = j->start + done, block = block_of(j, operation);
         fill(j, operation, block);
         double t = now();
-        ssize_t n = pwrite(j->fd, j->buf, j->bs, block * j->bs);
+        ssize_t n = pwrite(j->fd, j->buf, j->bs, j->offset + block * j->bs);
         if (n != (ssize_t)j->bs)
             fail("write of block %" PRIu64 " (operation %" PRIu64 "): %s", block, operation,
                 n < 0 ? strerror(errno) : "short");
@@ -173,6 +177,15 @@ static int write_all(struct job *j)
             fflush(stdout);
             told = 1;
         }
+        if (j->report && done % j->report == 0) {
+            /* One write, so that lines of several at once do not mix. */
+            char line[80];
+            int length = snprintf(line, sizeof line, "blkcheck: %" PRIu64 " at %" PRIu64 "\n", j->seed, done);
+            if (write(STDOUT_FILENO, line, length) != length)
+                fail("stdout: %s", strerror(errno));
+        }
+        if (synced && j->until && access(j->until, F_OK) == 0)
+            break;
     }
     if (fsync(j->fd) != 0)
         fail("last fsync: %s", strerror(errno));
@@ -195,7 +208,7 @@ static int verify_all(struct job *j)
         if (!last[b])
             continue;
         double t = now();
-        ssize_t n = pread(j->fd, j->buf, j->bs, b * j->bs);
+        ssize_t n = pread(j->fd, j->buf, j->bs, j->offset + b * j->bs);
         if (n != (ssize_t)j->bs)
             fail("read of block %" PRIu64 ": %s", b, n < 0 ? strerror(errno) : "short");
         double took = now() - t;
@@ -231,7 +244,7 @@ int main(int argc, char **argv)
         const char *name;
         uint64_t *value;
     } numbers[] = {
-        {"--size", &j.size}, {"--bs", &j.bs}, {"--seed", &j.seed}, {"--fsync-every", &j.fsync_every},
+        {"--size", &j.size}, {"--offset", &j.offset}, {"--report", &j.report}, {"--bs", &j.bs}, {"--seed", &j.seed}, {"--fsync-every", &j.fsync_every},
         {"--start", &j.start}, {"--count", &j.count}, {"--seconds", &j.seconds},
         {"--flushed", &j.flushed}, {"--written", &j.written},
     };
@@ -239,6 +252,10 @@ int main(int argc, char **argv)
         size_t k, known = sizeof numbers / sizeof *numbers;
         if (strcmp(argv[i], "--direct") == 0) {
             j.direct = 1;
+            continue;
+        }
+        if (strcmp(argv[i], "--until") == 0 && i + 1 < argc) {
+            j.until = argv[++i];
             continue;
         }
         if (strcmp(argv[i], "--progress") == 0) {

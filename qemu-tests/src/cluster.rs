@@ -129,13 +129,23 @@ impl Cluster {
         let name = format!("node{index}");
         let mut args: Vec<_> = args.iter().map(|arg| (*arg).to_owned()).collect();
         let (ip, port) = match &self.net {
-            None => ("127.0.0.1".to_owned(), free_ports::<1>()[0]),
+            None => ("127.0.0.1".to_owned(), self.free_port()),
             Some(net) => (net.ip(index), 7000),
         };
         args.extend(self.net.is_some().then(|| "--insecure".to_owned()));
         let (dir, log) = (lab.path(&name), lab.log(&name));
         self.nodes.push(Node { ip, port, dir, log, args, process: None });
         index
+    }
+
+    /// A port that no node of this cluster has, running or not.
+    fn free_port(&self) -> u16 {
+        loop {
+            let [port] = free_ports();
+            if self.nodes.iter().all(|node| node.port != port) {
+                return port;
+            }
+        }
     }
 
     fn launch(&mut self, index: usize, join: Option<String>) {
@@ -307,7 +317,8 @@ impl Cluster {
         let (program, mut all) = self.on_host(index, binary("dog"));
         all.extend(["--node", &address, "--json"].map(str::to_owned));
         all.extend(args.iter().map(|arg| (*arg).to_owned()));
-        let done = run(program, &all, PATIENCE);
+        // It may have to wait until data have moved.
+        let done = run(program, &all, 4 * PATIENCE);
         if done.code != Some(0) {
             let code = done.code.unwrap_or_else(|| panic!("dog {args:?} died: {}", done.stderr));
             return Err(Failure { code, message: done.stderr });

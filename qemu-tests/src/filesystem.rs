@@ -1,6 +1,6 @@
 //! A small file system whose disk can fail, in a mount namespace of the test's own.
 
-use crate::Lab;
+use crate::{Lab, PATIENCE, eventually};
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -91,10 +91,12 @@ impl FileSystem {
         while mebibytes.is_none() && hog.write_all(&chunk[..4096]).is_ok() {}
     }
 
-    /// And gives it back.
+    /// And gives it back, for good: else a failure soon after would undo that.
     pub fn vacate(&self) {
         let path = self.hog();
-        std::fs::remove_file(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let removed =
+            std::fs::remove_file(&path).and_then(|()| File::open(&self.mount)?.sync_all());
+        removed.unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     }
 
     fn hog(&self) -> PathBuf {
@@ -115,9 +117,16 @@ impl FileSystem {
         self.mount();
     }
 
-    /// The disk was only unplugged; nobody may use it now.
+    /// The disk was only unplugged; nobody may use it now. The kernel closes the files of an I/O ring only some time
+    /// after the process that had it has ended.
     pub fn come_back(&self) {
-        do_it("umount", &[text(&self.mount)]);
+        eventually("the file system to be in nobody's use", PATIENCE, || {
+            let output = command("umount").arg(&self.mount).output();
+            let output = output.unwrap_or_else(|e| panic!("umount: {e}"));
+            let text = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success() || text.contains("busy"), "umount: {text}");
+            output.status.success().then_some(())
+        });
         self.mount();
     }
 }

@@ -10,12 +10,15 @@
 mod cluster;
 mod customer;
 mod filesystem;
+mod forgetful;
 mod guest;
 mod lab;
+mod migration;
 mod nbd;
 mod netns;
 mod process;
 mod pulse;
+mod qmp;
 mod scribe;
 mod stores;
 mod tools;
@@ -23,12 +26,15 @@ mod tools;
 pub use cluster::{Cluster, Export, Failure, check_message, free_ports, sheep_refused};
 pub use customer::{Account, Customer};
 pub use filesystem::{FileSystem, inside};
+pub use forgetful::lose_log;
 pub use guest::{Disk, Guest, GuestResult};
 pub use lab::Lab;
+pub use migration::{Pace, Target};
 pub use nbd::{Client, Command, NbdError};
 pub use netns::Net;
 pub use process::{Finished, Process, run};
 pub use pulse::Pulse;
+pub use qmp::Qmp;
 pub use scribe::Scribe;
 pub use stores::{Equal, Store, check, compare};
 pub use tools::{Fio, FioResult, StorageDaemon, qemu_img, qemu_io, try_qemu_io};
@@ -36,8 +42,8 @@ pub use tools::{Fio, FioResult, StorageDaemon, qemu_img, qemu_io, try_qemu_io};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-/// How long the lab waits for something that takes a second on a healthy machine.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+/// How long the lab waits for something that takes a second on a healthy machine. Many slow ones run tests.
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Polls `condition` until it gives a value; panics with `what` after `limit`.
 pub fn eventually<T>(what: &str, limit: Duration, mut condition: impl FnMut() -> Option<T>) -> T {
@@ -53,15 +59,23 @@ pub fn eventually<T>(what: &str, limit: Duration, mut condition: impl FnMut() ->
 
 /// The seed of a randomised test: from the environment (`SEED`), or a new one. Prints it.
 pub fn seed() -> u64 {
-    let seed = match std::env::var("SEED") {
-        Ok(text) => text.parse().unwrap_or_else(|_| panic!("SEED={text} is not a number")),
-        Err(_) => {
-            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-            u64::from(now.map(|t| t.subsec_nanos()).unwrap_or(1)) + 1
-        }
-    };
+    seed_or(|| {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        u64::from(now.map(|t| t.subsec_nanos()).unwrap_or(1)) + 1
+    })
+}
+
+/// The same with another seed than a new one. Prints it.
+pub fn seed_or(usual: impl FnOnce() -> u64) -> u64 {
+    let seed = setting("SEED").unwrap_or_else(usual);
     println!("SEED={seed}");
     seed
+}
+
+/// A number from the environment.
+pub fn setting(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number")))
 }
 
 /// splitmix64: a small generator for offsets and data; not for secrets.

@@ -5,7 +5,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 /// A running child. Dropping it kills it.
@@ -22,6 +22,26 @@ impl Process {
         I: IntoIterator<Item = S>,
         S: AsRef<OsStr>,
     {
+        Self::spawn(program, args, log, Stdio::null(), stdout)
+    }
+
+    /// Starts `program` with pipes to its stdin and stdout; its stderr goes to the end of `log`.
+    pub fn start_piped<I, S>(program: &Path, args: I, log: &Path) -> (Self, ChildStdin, ChildStdout)
+    where
+        I: IntoIterator<Item = S>,
+        S: AsRef<OsStr>,
+    {
+        let mut this = Self::spawn(program, args, log, Stdio::piped(), Some(Stdio::piped()));
+        let pipes = (this.child.stdin.take(), this.child.stdout.take());
+        let (Some(stdin), Some(stdout)) = pipes else { panic!("{} has no pipes", this.what) };
+        (this, stdin, stdout)
+    }
+
+    fn spawn<I, S>(program: &Path, args: I, log: &Path, stdin: Stdio, stdout: Option<Stdio>) -> Self
+    where
+        I: IntoIterator<Item = S>,
+        S: AsRef<OsStr>,
+    {
         let file = OpenOptions::new().create(true).append(true).open(log);
         let file = file.unwrap_or_else(|e| panic!("{}: {e}", log.display()));
         let what =
@@ -29,7 +49,7 @@ impl Process {
         let clone = file.try_clone().unwrap_or_else(|e| panic!("{}: {e}", log.display()));
         let child = guarded(program)
             .args(args)
-            .stdin(Stdio::null())
+            .stdin(stdin)
             .stdout(stdout.unwrap_or_else(|| clone.into()))
             .stderr(file)
             .spawn()
@@ -40,11 +60,6 @@ impl Process {
     /// The process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
-    }
-
-    /// The child's stdout, if it was started with `Stdio::piped()`; once.
-    pub fn take_stdout(&mut self) -> Option<std::process::ChildStdout> {
-        self.child.stdout.take()
     }
 
     /// Everything in the log file so far.

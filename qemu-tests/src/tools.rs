@@ -2,6 +2,7 @@
 
 use crate::{Disk, Finished, Lab, PATIENCE, Process, eventually, run};
 use serde_json::Value;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -146,7 +147,11 @@ impl StorageDaemon {
         }
         let daemon = Path::new("qemu-storage-daemon");
         let process = Process::start(daemon, args, &lab.log("qemu-storage-daemon"), None);
-        eventually("qemu-storage-daemon's socket", PATIENCE, || socket.exists().then_some(()));
+        // There is a moment between its name and its readiness; a vhost-user server takes one client only.
+        eventually("qemu-storage-daemon's socket", PATIENCE, || {
+            let ready = if vhost { socket.exists() } else { UnixStream::connect(&socket).is_ok() };
+            ready.then_some(())
+        });
         Self { _process: process, socket, vhost }
     }
 

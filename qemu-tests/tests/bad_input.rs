@@ -192,24 +192,29 @@ fn unreachable_join_leaves_the_directory_usable() {
 }
 
 #[test]
-fn join_target_of_another_version_is_named() {
+fn join_target_of_another_version_is_named_when_it_answers() {
     let lab = Lab::new("bad-version");
     let newer = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = newer.local_addr().unwrap().to_string();
     let answering = std::thread::spawn(move || {
         use std::io::{Read, Write};
+        // It is slow to answer at first, as one that was started a moment ago.
+        let _unheard = newer.accept().unwrap();
         let (mut client, _) = newer.accept().unwrap();
-        // docs/protocol.md: magic, version, verdict "another version is spoken here", ids.
+        // docs/protocol.md: magic, newest version, verdict "another version is spoken here", oldest version, ids.
         client.read_exact(&mut [0; 32]).unwrap();
         let mut answer = *b"SHEEPDOG\x63\0\x01.....................";
         answer[11..].fill(0);
+        answer[12] = 99;
         client.write_all(&answer).unwrap();
     });
     let dir = lab.path("joiner");
     let [port] = free_ports();
     let own = format!("127.0.0.1:{port}");
     let refused = sheep_refused(&["--dir", text(&dir), "--listen", &own, "--join", &address]);
-    names(&refused, &[&address, "version 99", "same release"]);
+    for part in [address.as_str(), "version 99", "upgrade this end"] {
+        names(&refused, &[part]);
+    }
     answering.join().unwrap();
     assert!(!dir.join("node.json").exists(), "nothing was created");
 }

@@ -36,10 +36,12 @@ fn disks_come_and_go_under_load() {
     let left = disks(&cluster, 1);
     assert_eq!(left.len(), 1, "{left:?}");
     assert_eq!(left[0]["path"], extra.as_str());
-    // What the removed disk had is set aside, and is in the way of a new one.
-    let names: Vec<_> =
-        std::fs::read_dir(&first).unwrap().map(|e| e.unwrap().file_name()).collect();
-    assert!(names.len() == 1 && names[0].to_string_lossy().starts_with("removed-"), "{names:?}");
+    // What the removed disk had is set aside, once it is closed, and is in the way of a new one.
+    eventually("the files to be set aside", PATIENCE, || {
+        let names: Vec<_> =
+            std::fs::read_dir(&first).unwrap().map(|e| e.unwrap().file_name()).collect();
+        (names.len() == 1 && names[0].to_string_lossy().starts_with("removed-")).then_some(())
+    });
     let full = cluster.dog_refused(1, &["node", "disk", "add", &first]);
     assert!(full.message.contains("not empty"), "{}", full.message);
     let only = cluster.dog_refused(1, &["node", "disk", "remove", &extra]);
@@ -124,8 +126,11 @@ fn a_node_starts_without_a_disk_that_cannot_be_opened() {
     let list = disks(&cluster, node);
     assert_eq!((&list[0]["state"], &list[1]["state"]), (&"up".into(), &"failed".into()));
     assert!(list[1]["failure"].as_str().unwrap().contains("superblock"), "{list:?}");
-    let health = cluster.dog(1, &["cluster", "health"]);
-    assert!(health["reasons"].to_string().contains("is not a store"), "{health}");
+    // It says so itself, and may be slow to answer.
+    eventually("the reason", PATIENCE, || {
+        let health = cluster.dog(1, &["cluster", "health"]);
+        health["reasons"].to_string().contains("is not a store").then_some(())
+    });
     (0..5).for_each(|_| scribe.write(&mut client, 32));
     let _ = cluster.terminate(node);
     std::fs::rename(&away, &superblock).unwrap();

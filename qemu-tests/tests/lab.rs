@@ -1,7 +1,9 @@
 //! The lab itself: guests, the NBD client and fio against qemu-storage-daemon. When these fail, the failures
 //! of the other files say nothing about `sheep`.
 
-use sheepdog_qemu_tests::{Client, Fio, Guest, Lab, PATIENCE, Scribe, StorageDaemon, seed};
+use sheepdog_qemu_tests::{
+    Client, FileSystem, Fio, Guest, Lab, PATIENCE, Scribe, StorageDaemon, inside, seed,
+};
 
 const WRITE: &str = "
 set -e
@@ -82,4 +84,20 @@ fn fio_verifies_and_shows_progress() {
     let result = fio.finish(PATIENCE);
     assert_eq!(result.writes, 8192);
     assert!(!result.longest.0.is_zero() && !result.longest.1.is_zero(), "{result:?}");
+}
+
+#[test]
+fn space_that_was_given_back_stays_free_when_the_disk_fails() {
+    if !inside("space_that_was_given_back_stays_free_when_the_disk_fails") {
+        return;
+    }
+    let lab = Lab::new("lab-space");
+    let disk = FileSystem::new(&lab);
+    let occupied = disk.path("somebody-elses");
+    disk.occupy(Some(4));
+    std::fs::File::open(&occupied).unwrap().sync_all().unwrap();
+    disk.vacate();
+    disk.fail();
+    disk.come_back();
+    assert!(!std::path::Path::new(&occupied).exists());
 }

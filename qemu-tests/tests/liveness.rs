@@ -4,7 +4,7 @@
 use serde_json::Value;
 use sheepdog_qemu_tests::{Cluster, Lab, Net, PATIENCE, Pulse, eventually, seed};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const PORT: u16 = 7000;
 
@@ -260,8 +260,10 @@ fn node_that_comes_and_goes_waits_longer_each_time() {
     cluster.create("disk", "16M", 3);
     let pulse = Pulse::start(&cluster.export_nbd(0, "disk"), seed());
     let held = |cluster: &Cluster| cluster.log_text(2).matches("wait longer each time").count();
-    let mut waits = Vec::new();
-    for _ in 0..6 {
+    let mut waits: Vec<(Duration, usize)> = Vec::new();
+    // A machine may be so slow that the first waits are over when the node knocks; later ones are longer.
+    while waits.last().is_none_or(|(_, held)| *held < 2) {
+        assert!(waits.len() < 9, "entered again after, held so often: {waits:?}");
         cluster.kill(2);
         wait_state(&cluster, 0, 2, "down");
         let begin = Instant::now();
@@ -272,7 +274,6 @@ fn node_that_comes_and_goes_waits_longer_each_time() {
     println!("entered again after, held so often: {waits:?}");
     let held: Vec<_> = waits.iter().map(|(_, held)| *held).collect();
     assert_eq!(held[..3], [0, 0, 0], "the first ones are free");
-    assert!(held[5] >= 2, "{held:?}");
     // Whoever leads next goes on with it.
     let leader = cluster.leader();
     cluster.wait_healthy();

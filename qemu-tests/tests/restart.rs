@@ -18,6 +18,7 @@ fn exports_come_back_after_a_restart() {
     scribe.flush(&mut client);
     drop(client);
 
+    let mut writer = 1;
     for how in ["TERM", "KILL"] {
         match how {
             "TERM" => assert!(cluster.terminate(0).success(), "SIGTERM is not a clean stop"),
@@ -33,6 +34,15 @@ fn exports_come_back_after_a_restart() {
             assert!(there, "after SIG{how} the export of {volume} is gone: {list}");
         }
         scribe.verify(&mut nbd.connect());
+        // It is the same holder, with a new generation that has looked at what the last one left.
+        let info = eventually("the volume to be settled", PATIENCE, || {
+            let info = cluster.dog(0, &["volume", "info", "one"]);
+            (info["settled"] == true).then_some(info)
+        });
+        assert_eq!(info["attached_to"], cluster.address(0), "{info}");
+        assert!(info["attached_since"].as_u64() >= info["created"].as_u64(), "{info}");
+        assert!(info["writer"].as_u64() > Some(writer), "{info}");
+        writer = info["writer"].as_u64().unwrap();
         eventually("the vhost-user socket", PATIENCE, || {
             std::os::unix::net::UnixStream::connect(&vhost.socket).ok()
         });
