@@ -35,14 +35,14 @@ impl Drop for Place {
     }
 }
 
-/// Accepts connections until the node stops.
+/// Accepts connections until the node has left the cluster.
 pub async fn run(node: Arc<Node>, listener: TcpListener) {
     let count = Arc::new(AtomicUsize::new(0));
-    let mut stopping = node.stopping.subscribe();
+    let mut left = node.left.subscribe();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            _ = stopping.wait_for(|stop| *stop) => return,
+            _ = left.wait_for(|left| *left) => return,
         };
         let (stream, from) = match accepted {
             Ok(connection) => connection,

@@ -112,6 +112,9 @@ pub struct Node {
     pub(crate) obstacle: Mutex<String>,
     /// Set when it stops.
     pub stopping: watch::Sender<bool>,
+    /// Set when the cluster has been told that it stops: it accepts connections until then, since whoever takes
+    /// the cluster log over has to be heard.
+    pub left: watch::Sender<bool>,
 }
 
 /// Seconds since 1970.
@@ -182,7 +185,6 @@ pub async fn start(config: Config) -> Result<Arc<Node>, StartError> {
         Arc::clone(&peers),
         config.insecure,
     )?);
-    let (stopping, _) = watch::channel(false);
     let client = Arc::new(client());
     let leader = Leader::default();
     let recoveries = Recoveries::new(Arc::clone(&cluster.clients));
@@ -207,7 +209,8 @@ pub async fn start(config: Config) -> Result<Arc<Node>, StartError> {
         disk_changes: tokio::sync::Mutex::default(),
         expelled: watch::Sender::new(None),
         obstacle: Mutex::default(),
-        stopping,
+        stopping: watch::Sender::new(false),
+        left: watch::Sender::new(false),
     });
     tokio::spawn(listener::run(Arc::clone(&node), listener));
     crate::tasks::spawn_all(&node, refusals)?;
@@ -608,6 +611,7 @@ impl Node {
         if is_member && tokio::time::timeout(FAREWELL, farewell).await.is_err() {
             tracing::warn!("the cluster could not be told; it will notice by itself");
         }
+        self.left.send_replace(true);
         self.cluster.lease.drop_now();
         self.peers.stop();
         self.log.shutdown().await;
