@@ -337,6 +337,46 @@ fn the_source_dies_and_the_guest_is_gone() {
     check_from_outside(&scene.lab, &scene.cluster, &output);
 }
 
+/// The gateway of the source is killed while memory is sent, and comes back.
+fn gateway_dies_while_moving(name: &str, way: Way) {
+    let mut rng = Rng(seed());
+    let mut scene = Scene::under_load(name, 3, way);
+    let target = scene.begin_move();
+    scene.cluster.kill(scene.side);
+    scene.cluster.relaunch(scene.side);
+    wait_for_progress(&scene.guest, "after the death");
+    scene.finish_move(target);
+    wait_for_progress(&scene.guest, "after it moved");
+    scene.move_under_load(&mut rng);
+    scene.finish();
+}
+
+#[test]
+fn the_gateway_of_the_source_dies_while_the_guest_moves() {
+    gateway_dies_while_moving("migration-source-gateway", vhost);
+}
+
+#[test]
+fn the_gateway_of_the_source_dies_while_a_guest_on_nbd_moves() {
+    gateway_dies_while_moving("migration-source-gateway-nbd", nbd);
+}
+
+/// QEMU 7.2 does not connect again to a device that has not been started: it has to be started anew.
+#[test]
+fn the_gateway_of_the_target_dies_while_the_guest_moves() {
+    let mut rng = Rng(seed());
+    let mut scene = Scene::under_load("migration-target-gateway", 3, vhost);
+    let target = scene.begin_move();
+    let dying = 1 - scene.side;
+    scene.cluster.kill(dying);
+    scene.cluster.relaunch(dying);
+    wait_for_progress(&scene.guest, "where it is");
+    scene.guest.cancel_move();
+    drop(target);
+    scene.move_under_load(&mut rng);
+    scene.finish();
+}
+
 /// A guest reads a part of its disk after its memory was sent, and again, from its page cache, when it has moved: so the
 /// cache has to be right, which the disk's server has filled behind the back of both QEMUs.
 fn read_while_moving(name: &str, way: Way) -> GuestResult {
