@@ -4,10 +4,11 @@
 
 use serde_json::Value;
 use sheepdog_qemu_tests::{
-    Cluster, Disk, Export, Guest, GuestResult, Lab, PATIENCE, Pace, Rng, Target, eventually,
+    Cluster, Disk, Export, Guest, GuestResult, Lab, Net, PATIENCE, Pace, Rng, Target, eventually,
     lose_log, qemu_img, run, seed, setting, target_dir,
 };
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Writers side by side, each in a region of its own.
@@ -137,7 +138,8 @@ fn export(
     socket
 }
 
-/// Two nodes, each on the host of a QEMU.
+/// Two nodes, each on the host of a QEMU. The hosts are network namespaces, in which only the nodes are: the
+/// QEMUs have nothing but sockets of their node, and a pipe for the guest's memory.
 fn vhost(_: &Lab, cluster: &Cluster, side: usize, incoming: bool) -> Disk {
     let socket = cluster.socket(side, "vm", "vhost-user");
     Disk::VhostUser(export(cluster, side, "vhost-user", socket, incoming))
@@ -189,6 +191,7 @@ struct Scene {
     /// How many QEMUs there were.
     qemus: usize,
     cluster: Cluster,
+    net: Arc<Net>,
     // The last to be dropped.
     lab: Lab,
 }
@@ -196,11 +199,12 @@ struct Scene {
 impl Scene {
     fn set(name: &str, nodes: u32, way: Way, script: &str) -> Self {
         let lab = Lab::new(name);
-        let cluster = Cluster::start(&lab, nodes as usize);
+        let net = Arc::new(Net::new(nodes as usize));
+        let cluster = Cluster::start_on(&lab, &net);
         cluster.create("vm", "64M", nodes);
         let disk = way(&lab, &cluster, 0, false);
         let guest = Guest::boot(&lab, "qemu0", &disk, script);
-        Self { guest, way, side: 0, qemus: 1, cluster, lab }
+        Self { guest, way, side: 0, qemus: 1, cluster, net, lab }
     }
 
     /// With a load that goes on already.
@@ -374,6 +378,26 @@ fn the_gateway_of_the_target_dies_while_the_guest_moves() {
     scene.guest.cancel_move();
     drop(target);
     scene.move_under_load(&mut rng);
+    scene.finish();
+}
+
+/// The host to which the guest is to move is cut off, then the one that it has left.
+#[test]
+fn the_other_host_vanishes() {
+    let mut rng = Rng(seed());
+    let mut scene = Scene::under_load("migration-host-vanishes", 3, vhost);
+    let target = scene.begin_move();
+    scene.net.unplug(1 - scene.side);
+    wait_for_progress(&scene.guest, "where it is");
+    scene.guest.cancel_move();
+    drop(target);
+    scene.net.heal();
+    scene.cluster.wait_healthy();
+    scene.move_under_load(&mut rng);
+    scene.net.unplug(1 - scene.side);
+    wait_for_progress(&scene.guest, "where it is now");
+    scene.net.heal();
+    scene.cluster.wait_healthy();
     scene.finish();
 }
 
