@@ -45,8 +45,9 @@ pub(super) struct Reconcile {
     /// Next object to look at.
     next: u64,
     opening: Option<ObjectIndex>,
-    /// Some objects cannot be opened now: once more from the start with the next view.
-    skipped: bool,
+    /// Some objects cannot be opened yet, and the last revision in which that was so: once more from the start
+    /// with a later one.
+    skipped: Option<u64>,
     resting: bool,
 }
 
@@ -63,7 +64,7 @@ impl Reconcile {
             unasked: BTreeSet::new(),
             next: 0,
             opening: None,
-            skipped: false,
+            skipped: None,
             resting: false,
         }
     }
@@ -103,7 +104,8 @@ impl Gateway {
             self.open_next(&mut state);
         }
         let objects = self.config.size.div_ceil(OBJECT_SIZE);
-        let done = compared && state.opening.is_none() && state.next >= objects && !state.skipped;
+        let done =
+            compared && state.opening.is_none() && state.next >= objects && state.skipped.is_none();
         if !done {
             self.reconcile = Some(state);
         } else if !state.unasked.is_empty() {
@@ -199,12 +201,12 @@ impl Gateway {
     /// Begins to open the next object that may differ.
     fn open_next(&mut self, state: &mut Reconcile) {
         let objects = self.config.size.div_ceil(OBJECT_SIZE);
-        if state.next >= objects && std::mem::take(&mut state.skipped) {
+        if state.next >= objects && state.skipped.take().is_some() {
             state.next = 0;
         }
         for _ in 0..MAX_STEPS {
             if state.next >= objects {
-                state.resting = state.skipped;
+                state.resting = state.skipped == Some(self.view.revision);
                 return;
             }
             let index = ObjectIndex(state.next as u32);
@@ -214,7 +216,7 @@ impl Gateway {
                 continue;
             }
             if self.slot_of(index).is_none() {
-                state.skipped = true;
+                state.skipped = Some(self.view.revision);
                 continue;
             }
             state.opening = Some(index);
