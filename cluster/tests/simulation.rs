@@ -108,4 +108,5 @@ finds! {
     a_write_that_counts_too_early_is_found: AckAtMinCopies,
     a_placement_that_counts_too_early_is_found: PromoteEarly,
     a_sync_that_is_not_flushed_is_found: SyncedWithoutFlush,
+    a_fenced_gateway_that_answers_is_found: FencedAnswers,
 }

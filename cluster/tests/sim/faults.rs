@@ -5,7 +5,7 @@ use super::topology::{duration, random_copies};
 use super::world::{Time, World};
 use sheepdog_cluster::command::{Command, DiskInfo};
 use sheepdog_cluster::state::Volume;
-use sheepdog_types::{DiskId, OBJECT_SIZE, ObjectId, ObjectIndex, VolumeId};
+use sheepdog_types::{DiskId, OBJECT_SIZE, ObjectId, ObjectIndex, Version, VolumeId};
 use std::sync::Arc;
 
 impl World {
@@ -269,7 +269,14 @@ impl World {
             && self.all_well()
             && self.disks.iter().all(|d| !d.store.has_damage());
         let at = self.rng.below(self.disks.len() as u64) as usize;
-        if quiet && self.disks[at].store.damage(&mut self.rng) {
+        // Of what only one replica has, nobody could give a block back.
+        let versions: Vec<_> = self.disks.iter().map(|d| d.store.listing()).collect();
+        let everywhere = |key, version| {
+            let found: Vec<Version> =
+                versions.iter().filter_map(|all| all.get(&key)).copied().collect();
+            found.len() > 1 && found.iter().all(|other| *other == version)
+        };
+        if quiet && self.disks[at].store.damage(&mut self.rng, everywhere) {
             note!(self, "a block of disk {} rots", at + 101);
             self.rotted = self.now;
         }

@@ -3,7 +3,7 @@
 use super::checker::Kind;
 use super::net::Port;
 use super::topology::duration;
-use super::world::{Instance, World};
+use super::world::{Instance, Mutant, World};
 use sheepdog_cluster::command::{Ack, Command};
 use sheepdog_cluster::gateway::{Config, Effect, Gateway, Phase};
 use sheepdog_cluster::state::Volume;
@@ -37,6 +37,9 @@ impl World {
 
     /// Whether nobody serves it, or one who has been told dead.
     fn wants_gateway(&mut self, volume: usize) -> bool {
+        if self.is_wanted(volume) {
+            return false; // by a guest that lives
+        }
         let Some(active) = self.volumes[volume].active else { return self.rng.chance(100) };
         let holder = self.nodes[self.instances[active].node].id;
         let gone = !self.log.state.nodes.get(&holder).is_some_and(|n| n.up);
@@ -86,6 +89,7 @@ impl World {
             view_at: self.nodes[node].applied,
             deaf_until: 0,
             held: Vec::new(),
+            useful: false,
             detached: false,
             forbidden: BTreeSet::new(),
             spread: BTreeMap::new(),
@@ -94,6 +98,7 @@ impl World {
         note!(self, "n{} is the gateway of {name}, writer {writer}", node + 1);
         let volume = &mut self.volumes[at];
         (volume.active, volume.attaching) = (Some(self.instances.len() - 1), None);
+        self.take_seat(at);
         self.after_change();
     }
 
@@ -189,7 +194,7 @@ impl World {
         self.release_held(at);
     }
 
-    fn release_held(&mut self, at: usize) {
+    pub fn release_held(&mut self, at: usize) {
         let fenced = self.instances[at].gateway.phase() == Phase::Fenced;
         if self.instances[at].held.is_empty() || !(fenced || self.serves(self.instances[at].node)) {
             return;
@@ -212,7 +217,7 @@ impl World {
 
     /// Runs the effects of a gateway and takes completions.
     pub fn collect(&mut self, at: usize) {
-        let mut burst = Burst::new();
+        let (mut burst, mut returned) = (Burst::new(), Vec::new());
         while let Some(effect) = self.instances[at].gateway.poll_effect() {
             match effect {
                 Effect::Call { id, node, call, blocks } => {
@@ -220,12 +225,24 @@ impl World {
                     self.send(at, to, id, call, blocks);
                 }
                 Effect::Complete { token, completion } => token.complete(completion, &mut burst),
-                Effect::Return { token, .. } => token.complete(Err(BlockError::Io), &mut burst),
+                Effect::Return { op, token } => {
+                    token.complete(Err(BlockError::Io), &mut burst);
+                    let told = self.instances[at].inbox.0.lock().unwrap().pop();
+                    returned.extend(told.map(|(tag, _)| (op, tag)));
+                }
                 Effect::LostWrites { object } => self.lost_writes(at, object),
             }
         }
         drop(burst);
-        let done = std::mem::take(&mut *self.instances[at].inbox.0.lock().unwrap());
+        let mut done = std::mem::take(&mut *self.instances[at].inbox.0.lock().unwrap());
+        for (op, tag) in returned {
+            let lies = self.mutant == Mutant::FencedAnswers && matches!(op, Op::Write { .. });
+            if lies && !self.instances[at].forbidden.contains(&tag) {
+                done.push((tag, Ok(Done::Nothing)));
+            } else if !self.take_back(at, op, tag) {
+                done.push((tag, Err(BlockError::Io)));
+            }
+        }
         for (tag, completion) in done {
             let volume = self.instances[at].volume;
             if self.trace.on {
@@ -249,8 +266,9 @@ impl World {
     fn judge(&mut self, at: usize, tag: u64, completion: Result<Done, BlockError>) {
         let index = self.instances[at].volume;
         let now = self.now;
-        let problem = if self.volumes[index].active != Some(at) {
-            let forbidden = self.instances[at].forbidden.contains(&tag);
+        let counts = self.volumes[index].active == Some(at) || self.has_passed_on(at);
+        let forbidden = self.instances[at].forbidden.contains(&tag);
+        let problem = if !counts || forbidden {
             (forbidden && completion.is_ok())
                 .then(|| format!("an old gateway served request {tag}"))
         } else {
@@ -263,6 +281,7 @@ impl World {
             }
             let checker = &mut self.volumes[index].checker;
             let began = checker.began(tag).unwrap_or(now);
+            self.instances[at].useful |= completion.is_ok();
             match completion {
                 Ok(Done::Data(data)) => checker.done(tag, &data, now).err(),
                 Ok(Done::Nothing) => checker.done(tag, &[], now).err(),
@@ -295,26 +314,30 @@ impl World {
     /// Reads everything that guests touch.
     pub fn read_all(&mut self) {
         for at in 0..self.volumes.len() {
-            let Some(active) = self.volumes[at].active else { continue };
+            if self.volumes[at].active.is_none() {
+                continue;
+            }
             for range in self.volumes[at].guest.whole_regions() {
                 let now = self.now;
                 let volume = &mut self.volumes[at];
                 let tag = volume.guest.tag();
                 volume.checker.begin(tag, Kind::Read, range.clone(), now);
                 let len = (range.end - range.start) as u32;
-                self.submit(active, Op::Read { offset: range.start, len }, tag);
+                self.submit_where_it_is(at, Op::Read { offset: range.start, len }, tag);
             }
         }
     }
 
     pub fn flush_all(&mut self) {
         for at in 0..self.volumes.len() {
-            let Some(active) = self.volumes[at].active else { continue };
+            if self.volumes[at].active.is_none() {
+                continue;
+            }
             let now = self.now;
             let volume = &mut self.volumes[at];
             let tag = volume.guest.tag();
             volume.checker.begin(tag, Kind::Flush, 0..0, now);
-            self.submit(active, Op::Flush, tag);
+            self.submit_where_it_is(at, Op::Flush, tag);
         }
     }
 }

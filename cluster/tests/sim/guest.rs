@@ -109,12 +109,12 @@ impl World {
         }
         for at in 0..self.volumes.len() {
             self.run_zombies(at);
+            let Some(node) = self.side(at) else { continue };
             let volume = &mut self.volumes[at];
-            let Some(active) = volume.active else { continue };
             if volume.doomed || volume.checker.running() >= 6 || !self.rng.chance(100) {
                 continue;
             }
-            if !self.nodes[self.instances[active].node].runs(self.now) {
+            if !self.nodes[node].runs(self.now) {
                 continue;
             }
             let (op, kind, range) = volume.guest.random_op(&mut self.rng);
@@ -124,12 +124,12 @@ impl World {
 
     /// A request of a volume's guest that the checker follows. The volume has to be attached.
     pub fn request(&mut self, at: usize, op: Op, kind: Kind, range: Range<u64>) -> Option<u64> {
-        let active = self.volumes[at].active?;
+        self.volumes[at].active?;
         let volume = &mut self.volumes[at];
         let tag = volume.guest.tag();
         note!(self, "{} request {tag}: {}", volume.name, describe(&kind, &range));
         volume.checker.begin(tag, kind, range, self.now);
-        self.submit(active, op, tag);
+        self.submit_where_it_is(at, op, tag);
         Some(tag)
     }
 

@@ -176,11 +176,13 @@ impl World {
     /// Commits, and notes what it means for the guests.
     pub fn commit_now(&mut self, command: Command) {
         let attach = match &command {
-            Command::Attach { name, gateway, incarnation, .. } => {
-                Some((name.clone(), self.node_index(*gateway), *incarnation))
+            Command::Attach { gateway, incarnation, .. }
+            | Command::TakeOver { gateway, incarnation, .. } => {
+                Some((self.node_index(*gateway), *incarnation))
             }
             _ => None,
         };
+        let goes_on = matches!(command, Command::TakeOver { .. });
         if matches!(command, Command::Down { .. }) {
             self.strain();
         }
@@ -189,17 +191,19 @@ impl World {
         if before != self.log.views.len() {
             self.after_change();
         }
-        if let (Some((name, node, incarnation)), Ok(Outcome::Attached { writer, .. })) =
+        if let (Some((node, incarnation)), Ok(Outcome::Attached { volume: id, writer })) =
             (attach, answer)
+            && let Some(at) = self.volumes.iter().position(|v| v.id == id)
         {
-            let entry = self.log.views.len() - 1;
-            let now = self.now;
-            if let Some(volume) = self.volumes.iter_mut().find(|v| v.name == name) {
-                volume.active = None;
-                volume.checker.abandon_all(now);
-                volume.attaching = Some((node, incarnation, writer, entry));
+            if goes_on {
+                self.pass_on(at);
+            } else {
+                self.volumes[at].active = None;
+                self.forget_guest(at);
                 self.stats.takeovers += 1;
             }
+            let entry = self.log.views.len() - 1;
+            self.volumes[at].attaching = Some((node, incarnation, writer, entry));
         }
     }
 

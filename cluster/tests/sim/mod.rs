@@ -12,6 +12,7 @@ mod faults;
 mod gateways;
 mod guest;
 mod log;
+mod migration;
 mod net;
 mod node;
 pub mod rng;

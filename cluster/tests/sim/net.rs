@@ -477,12 +477,12 @@ impl World {
             writer: WriterGen(0),
             request: Request::Fetch { key: job.key },
         };
-        let store = &self.disks[source].store;
+        let (store, own) = (&self.disks[source].store, &self.disks[job.disk].store);
         let usable = self.nodes[there].runs(self.now)
             && self.net.both(here, there)
             && self.disks[source].used
             && self.admit(there, &call).is_ok()
-            && !store.is_damaged(job.key)
+            && store.can_give(job.key, own)
             && (store.version(job.key) == job.target || matches!(job.origin, Origin::Sync { .. }));
         if usable {
             job.image = Some(store.image(job.key));

@@ -194,6 +194,7 @@ impl World {
                 self.lose_gateway(instance);
             }
         }
+        self.lose_clients(at);
         self.strain();
     }
 
@@ -201,7 +202,6 @@ impl World {
         let volume = &mut self.volumes[self.instances[instance].volume];
         if volume.active == Some(instance) {
             volume.active = None;
-            volume.checker.abandon_all(self.now);
         }
     }
 

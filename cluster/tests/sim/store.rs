@@ -181,18 +181,26 @@ impl Store {
         }
     }
 
-    /// Damages a block that has data; whether there was one.
-    pub fn damage(&mut self, rng: &mut Rng) -> bool {
+    /// Damages a block that has data, of a layer that may be damaged; whether there was one.
+    pub fn damage(&mut self, rng: &mut Rng, may_be: impl Fn(LayerKey, Version) -> bool) -> bool {
         let all: Vec<(LayerKey, u16)> = self
             .layers
             .iter()
+            .filter(|(key, l)| may_be(**key, l.now.version))
             .flat_map(|(key, l)| l.now.blocks.keys().map(|at| (*key, *at)))
             .collect();
         rng.pick(&all).is_some_and(|block| self.damaged.insert(block))
     }
 
-    pub fn is_damaged(&self, key: LayerKey) -> bool {
-        self.damaged.iter().any(|(k, _)| *k == key)
+    /// Whether `other` can make a layer equal to this one: only blocks whose checksums differ are moved.
+    pub fn can_give(&self, key: LayerKey, other: &Self) -> bool {
+        let damaged = || self.damaged.iter().filter(|(k, _)| *k == key);
+        let (here, there) = (self.image(key), other.image(key));
+        let is_equal = |block: &(LayerKey, u16)| {
+            here.blocks.get(&block.1) == there.blocks.get(&block.1)
+                && !other.damaged.contains(block)
+        };
+        damaged().all(|block| there.version != Version::NONE && is_equal(block))
     }
 
     pub fn has_damage(&self) -> bool {

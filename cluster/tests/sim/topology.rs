@@ -48,6 +48,8 @@ pub struct FaultPlan {
     pub out: Time,
     /// A volume moves to another gateway.
     pub hand_over: u64,
+    /// A guest begins to move to another node while it runs.
+    pub migrate: u64,
     /// Clocks run at different speeds.
     pub skew: bool,
     /// Longest delay of a message, in steps.
@@ -82,6 +84,7 @@ impl FaultPlan {
             drain: some(1_500),
             out: some(900),
             hand_over: some(1_000),
+            migrate: some(5_000),
             skew: some(1) > 0,
             delay: 0,
         };
@@ -97,6 +100,7 @@ impl FaultPlan {
                 reset: plan.reset,
                 full: 0,
                 hand_over: plan.hand_over,
+                migrate: plan.migrate,
                 delay: plan.delay.min(12),
                 ..Self::default()
             };

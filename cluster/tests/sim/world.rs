@@ -3,6 +3,7 @@
 use super::checker::Checker;
 use super::guest::Guest;
 use super::log::Log;
+use super::migration::Migration;
 use super::net::{Job, Net, Port, Straggler};
 use super::node::{Disk, Node, PURGE_EVERY};
 use super::rng::Rng;
@@ -65,10 +66,12 @@ pub enum Mutant {
     SyncedWithoutFlush,
     /// A new leader takes the leases that others granted for ended.
     ForgetLeases,
+    /// A gateway that was fenced answers writes that it has not finished.
+    FencedAnswers,
 }
 
 impl Mutant {
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::SkipEpoch,
         Self::SkipPrev,
         Self::AckBeforeApply,
@@ -86,6 +89,7 @@ impl Mutant {
         Self::PromoteEarly,
         Self::SyncedWithoutFlush,
         Self::ForgetLeases,
+        Self::FencedAnswers,
     ];
 }
 
@@ -122,6 +126,10 @@ pub struct Stats {
     pub epochs: u64,
     pub crashes: u64,
     pub takeovers: u64,
+    /// Volumes that another node took over with what was in flight.
+    pub handed_over: u64,
+    /// Requests that were carried out again after that.
+    pub returned: u64,
     pub recovered: u64,
     pub synced: u64,
 }
@@ -133,6 +141,8 @@ impl Stats {
         self.epochs += other.epochs;
         self.crashes += other.crashes;
         self.takeovers += other.takeovers;
+        self.handed_over += other.handed_over;
+        self.returned += other.returned;
         self.recovered += other.recovered;
         self.synced += other.synced;
     }
@@ -171,6 +181,8 @@ pub struct Instance {
     pub deaf_until: Time,
     /// Requests that wait for the lease.
     pub held: Vec<(Op, u64)>,
+    /// It has answered a request.
+    pub useful: bool,
     /// It gave the volume back and has no guest any more: it knows some objects as never written, and would
     /// answer reads of them without asking anybody.
     pub detached: bool,
@@ -193,6 +205,7 @@ pub struct Volume {
     pub active: Option<usize>,
     /// Node, its incarnation, writer, and the view that has the attachment.
     pub attaching: Option<(usize, u64, WriterGen, usize)>,
+    pub migration: Migration,
     /// No further attempt to attach before.
     pub retry_at: Time,
     /// Its guest is to stop, and it is to be deleted.
@@ -370,6 +383,7 @@ impl World {
             checker,
             active: None,
             attaching: None,
+            migration: Migration::default(),
             retry_at: 0,
             doomed: false,
             deleted: false,
@@ -539,6 +553,7 @@ impl World {
         self.run_disks();
         self.run_syncs();
         self.manage_attachments();
+        self.run_migrations();
         self.run_guests();
         for at in 0..self.instances.len() {
             self.run_instance(at);
@@ -636,10 +651,11 @@ impl World {
             let gateway = v.active.map(|a| {
                 let i = &self.instances[a];
                 format!(
-                    "n{} {:?} idle {} held {} tick {} blocked {}",
+                    "n{} {:?} idle {} settled {} held {} tick {} blocked {}",
                     i.node + 1,
                     i.gateway.phase(),
                     i.gateway.is_idle(),
+                    i.gateway.is_settled(),
                     i.held.len(),
                     i.gateway.wants_tick(),
                     i.gateway.blocked_objects()
