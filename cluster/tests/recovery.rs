@@ -331,6 +331,36 @@ fn a_mute_peer_is_asked_again_and_a_new_epoch_begins_anew() {
     assert_eq!(world.state.disks[&disk(3)].missed_since, None);
 }
 
+/// A copy of the epoch before ends when all that is left is to tell the cluster: it says nothing of that.
+#[test]
+fn a_step_of_an_earlier_pass_does_not_end_this_one() {
+    let mut state = cluster(3);
+    down(&mut state, 3, 1).unwrap();
+    enter(&mut state, 3, 2).unwrap();
+    let all = layers(1, 1);
+    let mut world =
+        World::new(state, 3, &[(1, all.clone()), (2, all.clone()), (3, Layers::default())]);
+    let next = |world: &mut World| loop {
+        let here = world.here().clone();
+        let effect = world.recovery.poll_effect(&here).unwrap();
+        let Effect::Call { id, call, .. } = effect else { return effect };
+        let reply = world.answer(&call);
+        world.recovery.handle_reply(id, Some(reply));
+    };
+    let Effect::Act { id: old, action } = next(&mut world) else { panic!("nothing is copied") };
+    world.act(action);
+    let down = Command::Down { node: NodeId(2), incarnation: 1, reason: "gone".into(), at: 0 };
+    world.apply(down);
+    let Effect::Finish { id, .. } = next(&mut world) else { panic!("it is copied again") };
+    for outcome in [Err(Failure::NoSpace), Ok(())] {
+        world.recovery.handle_done(old, outcome);
+        let progress = world.recovery.progress();
+        assert_eq!((progress.stage, progress.problem), (Stage::Finishing, None));
+    }
+    world.recovery.handle_done(id, Ok(()));
+    assert_eq!(world.recovery.progress().stage, Stage::Idle);
+}
+
 #[test]
 fn a_paused_recovery_compares_and_copies_nothing() {
     let mut state = cluster(3);

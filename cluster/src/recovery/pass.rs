@@ -92,6 +92,8 @@ pub(super) struct Pass {
     batches: u64,
     failed: bool,
     full: bool,
+    /// The last step. Those of an earlier pass may end while it is under way.
+    finish: Option<u64>,
 }
 
 impl Pass {
@@ -118,6 +120,7 @@ impl Pass {
             batches: 0,
             failed: false,
             full: false,
+            finish: None,
         }
     }
 
@@ -188,7 +191,7 @@ impl Pass {
         outcome: Result<(), Failure>,
         progress: &mut Progress,
     ) -> Done {
-        if self.stage == Stage::Finishing {
+        if self.finish == Some(id) {
             return match outcome {
                 Ok(()) => Done::Finished,
                 Err(failure) => {
@@ -241,6 +244,7 @@ impl Pass {
                 at: 0,
             };
             let id = context.id();
+            self.finish = Some(id);
             let command = (!self.check).then_some(command);
             context.effects.push_back(Effect::Finish { id, command });
         }
