@@ -11,7 +11,7 @@ PACKAGES=(
     qemu-system-x86 qemu-utils qemu-block-extra seabios ipxe-qemu
     linux-image-cloud-amd64 busybox-static cpio
     e2fsprogs xfsprogs mount iproute2 nftables
-    fio libnbd-bin nbdkit jq build-essential curl ca-certificates
+    fio libnbd-bin nbdkit nbd-client jq build-essential curl ca-certificates
 )
 # All QEMU packages must be of one version; see need_packages.
 QEMU_PACKAGES=(qemu-system-x86 qemu-utils qemu-block-extra)

@@ -28,6 +28,8 @@ pub enum Disk {
     File(PathBuf),
     /// No disk, for comparisons.
     None,
+    /// No disk, but a network card: from the guest, 10.0.2.2 is this machine's loopback address.
+    Network,
 }
 
 impl Disk {
@@ -47,6 +49,9 @@ impl Disk {
                 on_block_device(&format!("driver=file,filename={}", path.display()))
             }
             Self::None => Vec::new(),
+            Self::Network => ["-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net"]
+                .map(String::from)
+                .to_vec(),
         }
     }
 }

@@ -4,7 +4,7 @@
 //! `GATEWAY_DEATHS` says how often; `SEED` repeats the moments.
 
 use sheepdog_qemu_tests::{
-    Cluster, Disk, Guest, Lab, PATIENCE, Rng, Scribe, eventually, seed, setting,
+    Cluster, Disk, Guest, Lab, PATIENCE, Rng, Scribe, eventually, free_ports, seed, setting,
 };
 use std::time::{Duration, Instant};
 
@@ -118,6 +118,60 @@ fn a_gateway_with_replicas_elsewhere_is_killed_under_a_guest() {
 #[test]
 fn a_gateway_is_killed_under_a_guest_on_nbd() {
     kill_again_and_again("gateway-death-nbd", 1, on_nbd, deaths(10));
+}
+
+/// The guest's kernel is the client. What was in flight fails, and nbd-client 3.24 does not connect again with its
+/// `-persist` when the kernel is 6.1: the guest does so itself. What it was told to be flushed is there.
+#[test]
+fn a_gateway_is_killed_under_nbd_client() {
+    let lab = Lab::new("gateway-death-nbd-client");
+    let mut cluster = Cluster::start(&lab, 1);
+    cluster.create("vm", "64M", 1);
+    let [port] = free_ports();
+    cluster.dog(0, &["export", "add", "vm", "--nbd", &format!("127.0.0.1:{port}")]);
+    let script = format!(
+        "ifconfig eth0 10.0.2.15 up
+connect() {{
+    nbd-client -c /dev/nbd0 || nbd-client 10.0.2.2 {port} /dev/nbd0 -name vm -nonetlink
+}}
+connect || exit 1
+round=0
+while [ ! -e /tmp/stop ]; do
+    round=$((round + 1))
+    region=\"/dev/nbd0 --direct --offset 0 --size 33554432 --seed $round\"
+    until blkcheck write $region --count 40 --fsync-every 8 >/tmp/out 2>&1; do
+        echo \"again: $(tail -n 1 /tmp/out)\"
+        sleep 0.1
+        connect >/dev/null 2>&1
+    done
+    until blkcheck verify $region --flushed 40 >/tmp/out 2>&1; do
+        grep -q 'Input/output error\\|has 0 bytes' /tmp/out || {{ cat /tmp/out; echo WRONG; exit 1; }}
+        sleep 0.1
+        connect >/dev/null 2>&1
+    done
+    echo \"round $round\"
+done &
+read -r line
+touch /tmp/stop
+wait
+nbd-client -d /dev/nbd0
+"
+    );
+    let mut guest = Guest::boot(&lab, "guest", &Disk::Network, &script);
+    let rounds = |guest: &Guest| guest.output().matches("\nround ").count();
+    for death in 0..deaths(5) {
+        let before = rounds(&guest);
+        eventually(&format!("the guest to go on after death {death}"), 2 * PATIENCE, || {
+            guest.assert_well();
+            (rounds(&guest) >= before + 3).then_some(())
+        });
+        cluster.kill(0);
+        cluster.relaunch(0);
+    }
+    guest.say("stop");
+    let output = guest.finish(4 * PATIENCE).expect_success();
+    assert!(!output.contains("WRONG"), "{output}");
+    assert!(output.contains("again: "), "no request was in flight:\n{output}");
 }
 
 /// Prints how long a client waits that connects again at once, as QEMU's own pauses are another matter.
